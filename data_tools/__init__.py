@@ -1,0 +1,1 @@
+"""Command-line tools that make, check and convert training data."""

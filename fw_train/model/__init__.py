@@ -1,0 +1,1 @@
+"""The network: the Wan video branch and the geometry branch beside it."""

@@ -1,0 +1,1 @@
+"""What starts a run: launchers, environment, checks before the start."""
