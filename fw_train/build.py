@@ -1,0 +1,84 @@
+"""From parameters to a network whose every tensor exists: nothing is allocated twice, nothing depends on the order of building."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from fw_train.config import Config
+from fw_train.model.heads import DenseHeadParams
+from fw_train.model.wan import WanParams
+from fw_train.model.world import FantasyWorldModel, WorldParams
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def world_params(config: Config) -> WorldParams:
+    """The network that a configuration describes."""
+    m = config.model
+    wan = WanParams(
+        variant=m.variant,
+        dim=m.dim,
+        ffn_dim=m.ffn_dim,
+        heads=m.heads,
+        layers=m.layers,
+        text_dim=m.text_dim,
+        clip_dim=m.clip_dim,
+        freq_dim=m.freq_dim,
+        reference_conv=m.reference_conv,
+        image_position=m.image_position,
+    )
+    return WorldParams(
+        wan=wan,
+        head=DenseHeadParams(m.dim, m.head_features, m.head_channels, m.head_chunk_frames),
+        interaction=config.train.stage == "stage2",
+        split_layer=m.split_layer,
+        bridge_heads=m.bridge_heads,
+        bridge_layers=m.bridge_layers,
+        register_tokens=m.register_tokens,
+        cross_width=m.cross_width,
+        cross_heads=m.cross_heads,
+        taps=m.taps,
+    )
+
+
+def on_meta(build: Callable[[], M], dtype: torch.dtype) -> M:
+    """Builds modules directly in `dtype`, without storage."""
+    with torch.device("meta"), _default_dtype(dtype):
+        return build()
+
+
+def build_model(params: WorldParams, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> FantasyWorldModel:
+    """A network with fresh weights in `dtype` on `device`."""
+    model = on_meta(lambda: FantasyWorldModel(params), dtype)
+    initialise(model, device, seed)
+    return model
+
+
+def initialise(model: nn.Module, device: torch.device | str, seed: int) -> None:
+    """Gives storage and fresh values to every module that still has parameters on the meta device; others are left alone.
+
+    Each module draws from its own generator, seeded by its name: the same weights on every rank, whatever else was loaded.
+    """
+    devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        for name, module in model.named_modules():
+            own = list(module.parameters(recurse=False))
+            if not any(parameter.is_meta for parameter in own):
+                continue
+            module.to_empty(device=device, recurse=False)
+            torch.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest()))
+            module.reset_parameters()  # type: ignore[operator]
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
