@@ -39,7 +39,9 @@ class Batch:
     text: Tensor  # [B, L, 4096], the UMT5 embedding
     timestep: Tensor | None = None  # fp32 [B], 0..1000
     clip: Tensor | None = None  # [B, 257, 1280]; first-and-last-frame variant [B, 514, 1280]
-    image_latents: Tensor | None = None  # [B, 16|20, F, H/8, W/8], first frame, with or without the 4 mask channels in front
+    image_latents: Tensor | None = (
+        None  # [B, 16|20, F, H/8, W/8], first frame, with or without the 4 mask channels in front
+    )
     control_latents: Tensor | None = None  # [B, 16, F, H/8, W/8], of the control video
     reference_latents: Tensor | None = None  # [B, 16, H/8, W/8], of the reference image
     control_camera: Tensor | None = None  # [B, 24, F, H, W], packed Plucker maps

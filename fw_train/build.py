@@ -51,7 +51,9 @@ def on_meta(build: Callable[[], M], dtype: torch.dtype) -> M:
         return build()
 
 
-def build_model(params: WorldParams, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> FantasyWorldModel:
+def build_model(
+    params: WorldParams, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+) -> FantasyWorldModel:
     """A network with fresh weights in `dtype` on `device`."""
     model = on_meta(lambda: FantasyWorldModel(params), dtype)
     initialise(model, device, seed)
@@ -69,6 +71,8 @@ def initialise(model: nn.Module, device: torch.device | str, seed: int) -> None:
             own = list(module.parameters(recurse=False))
             if not any(parameter.is_meta for parameter in own):
                 continue
+            if not all(parameter.is_meta for parameter in own):
+                raise ValueError(f"{name} is loaded in part; load all of its parameters or none")
             module.to_empty(device=device, recurse=False)
             torch.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest()))
             module.reset_parameters()  # type: ignore[operator]

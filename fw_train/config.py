@@ -55,7 +55,9 @@ class ModelConfig:
 class WeightsConfig:
     """Where weights come from; an empty path means fresh ones."""
 
-    base: str = ""  # Wan checkpoint: file, folder or index, original or diffusers format; or a stage-0 step-N.safetensors
+    base: str = (
+        ""  # Wan checkpoint: file, folder or index, original or diffusers format; or a stage-0 step-N.safetensors
+    )
     widen_input: bool = False  # accept a base whose patch embedding has fewer input channels, widened with zeros
     init_from: str = ""  # the stage-1 step-N.safetensors that stage 2 starts from
 
@@ -115,6 +117,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if path.stat().st_size > MAX_BYTES:
         raise ConfigError(f"{path} has {path.stat().st_size} bytes; a configuration has at most {MAX_BYTES}")
     tree = _parse(path.read_text(encoding="utf-8"), str(path))
+    if tree is None:
+        tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections such as `model:` at the top, found {_shown(tree)}")
     for override in overrides:
@@ -171,7 +175,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, _StrictLoader) or {}  # noqa: S506 - a subclass of SafeLoader
+        return yaml.load(text, _StrictLoader)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     except yaml.YAMLError as error:
@@ -188,7 +192,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         section = tree[names[0]] = {}
     if not isinstance(section, dict):
         raise ConfigError(f"override `{override}`: `{names[0]}` is not a section")
-    section[names[1]] = _parse(text, f"override `{override}`") if text.strip() else ""
+    section[names[1]] = _parse(text, f"override `{override}`") if text.strip() else ""  # `key=` means the empty text
 
 
 def _build(cls: Any, tree: Any, where: str, prefix: str) -> Any:
@@ -203,8 +207,10 @@ def _build(cls: Any, tree: Any, where: str, prefix: str) -> Any:
         if key not in hints:
             raise ConfigError(f"{where}: unknown key `{name}`{_nearest(str(key), hints, prefix)}")
         hint = hints[key]
-        values[key] = _build(hint, value, where, f"{name}.") if dataclasses.is_dataclass(hint) else _value(
-            hint, value, f"{where}: `{name}`"
+        values[key] = (
+            _build(hint, value, where, f"{name}.")
+            if dataclasses.is_dataclass(hint)
+            else _value(hint, value, f"{where}: `{name}`")
         )
     return cls(**values)
 

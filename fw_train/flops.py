@@ -17,7 +17,9 @@ from fw_train.model.world import WorldParams
 # Dense bf16, as the makers state it.
 PEAK_TFLOPS = {"H20": 148.0, "H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0}
 
-Flow = Literal["forward", "input", "both"]  # a part that nothing trains through, one that is frozen on the way, one that trains
+Flow = Literal[
+    "forward", "input", "both"
+]  # a part that nothing trains through, one that is frozen on the way, one that trains
 
 
 class Shape(NamedTuple):
@@ -164,7 +166,9 @@ def _embeddings(wan: WanParams, shape: Shape) -> Cost:
         linear=_linear(shape.text_tokens, dim, dim) + 7 * _linear(1, dim, dim),
     )
     if inputs.clip:
-        cost.linear += _linear(shape.clip_tokens, wan.clip_dim, wan.clip_dim) + _linear(shape.clip_tokens, wan.clip_dim, dim)
+        cost.linear += _linear(shape.clip_tokens, wan.clip_dim, wan.clip_dim) + _linear(
+            shape.clip_tokens, wan.clip_dim, dim
+        )
     if inputs.camera_channels:
         cost.leaf += _linear(tokens, inputs.camera_channels * 64 * PATCH**2, dim)
         cost.linear += 2 * _linear(tokens, 9 * dim, dim)

@@ -82,7 +82,9 @@ def match_rules(names: Iterable[str], rules: Sequence[Rule]) -> dict[str, Rule]:
         else:
             matched[name] = rule
     if orphans:
-        raise ValueError(f"{len(orphans)} parameters match no stage rule: {', '.join(orphans[:10])}; add a rule for them")
+        raise ValueError(
+            f"{len(orphans)} parameters match no stage rule: {', '.join(orphans[:10])}; add a rule for them"
+        )
     used = set(matched.values())
     idle = [rule.pattern for rule in rules if rule not in used]
     if idle:
@@ -101,7 +103,11 @@ def apply_stage(model: nn.Module, rules: Sequence[Rule]) -> list[ParameterGroup]
             group = groups.setdefault(rule, ParameterGroup(rule.pattern, rule.lr_scale, rule.weight_decay, {}))
             group.parameters[name] = parameter
     for rule, tensors, parameters in count_rules(model, rules):
-        state = f"train, lr x{rule.lr_scale:g}, decay {'on' if rule.weight_decay else 'off'}" if rule.trainable else "frozen"
+        state = (
+            f"train, lr x{rule.lr_scale:g}, decay {'on' if rule.weight_decay else 'off'}"
+            if rule.trainable
+            else "frozen"
+        )
         log.info("%-70s %5d tensors %14s parameters  %s", rule.pattern, tensors, f"{parameters:,}", state)
     return list(groups.values())
 

@@ -10,7 +10,15 @@ from fw_train.model.world import WorldParams
 
 def tiny_wan(variant="t2v", dim=48, heads=2, layers=6, **changes):
     return WanParams(
-        variant=variant, dim=dim, ffn_dim=80, heads=heads, layers=layers, text_dim=32, clip_dim=40, freq_dim=32, **changes
+        variant=variant,
+        dim=dim,
+        ffn_dim=80,
+        heads=heads,
+        layers=layers,
+        text_dim=32,
+        clip_dim=40,
+        freq_dim=32,
+        **changes,
     )
 
 

@@ -11,7 +11,17 @@ from fw_train.batch import TEMPORAL_STRIDE, pixel_frames
 from fw_train.model.layers import Fp32Linear, LayerNorm
 
 POSE = 9  # numbers of a camera: axis (3), moment (3), s, roll, vertical field of view in radians
-IDENTITY_POSE = (0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0)  # the first camera, with a field of view of about 57 degrees
+IDENTITY_POSE = (
+    0.0,
+    0.0,
+    1.0,
+    0.0,
+    0.0,
+    0.0,
+    0.0,
+    0.0,
+    1.0,
+)  # the first camera, with a field of view of about 57 degrees
 
 
 class PoseEncoder(nn.Module):

@@ -62,4 +62,3 @@ class GeoBlock(WanBlock):
 def add_per_frame(tokens: Tensor, shift: Tensor) -> Tensor:
     """Adds shift [B, F, D] to all tokens [B, F*P, D] of its frame."""
     return (tokens.unflatten(1, (shift.shape[1], -1)) + shift.unsqueeze(2)).flatten(1, 2)
-

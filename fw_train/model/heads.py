@@ -73,9 +73,7 @@ class FrameMaps(nn.Module):
         self.levels = nn.ModuleList([nn.Conv2d(c, features, 3, padding=1, bias=False) for c in channels])
         self.fusions = nn.ModuleList([Fusion(features, joins=i < len(channels) - 1) for i in range(len(channels))])
         self.neck = nn.Conv2d(features, features // 2, 3, padding=1)
-        self.out = nn.Sequential(
-            nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, out_channels, 1)
-        )
+        self.out = nn.Sequential(nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, out_channels, 1))
 
     def forward(self, taps: list[Tensor]) -> Tensor:
         """taps: finest first, each [n, h, w, D]."""

@@ -25,7 +25,9 @@ Variant = Literal["t2v", "i2v", "inpaint", "control", "camera"]
 class VariantInputs(NamedTuple):
     """What a variant takes beside latents, text and time."""
 
-    image_channels: int = 0  # of `image_latents`: 16 latents of the first frame, with 4 mask channels in front where it is 20
+    image_channels: int = (
+        0  # of `image_latents`: 16 latents of the first frame, with 4 mask channels in front where it is 20
+    )
     control_latents: bool = False
     clip: bool = True
     camera_channels: int = 0  # of `control_camera`
@@ -261,9 +263,7 @@ class WanDiT(nn.Module):
 
     def run_block(self, index: int, stream: VideoStream) -> VideoStream:
         block = self.blocks[index]
-        return stream._replace(
-            tokens=block(stream.tokens, stream.text, stream.image, stream.modulation, stream.rope)
-        )
+        return stream._replace(tokens=block(stream.tokens, stream.text, stream.image, stream.modulation, stream.rope))
 
     def embed(self, batch: Batch) -> VideoStream:
         """Tokens and contexts of a batch; an input that the variant lacks is an error that names it."""

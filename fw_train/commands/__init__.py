@@ -1,0 +1,1 @@
+"""The commands of `fw` that live in this package."""

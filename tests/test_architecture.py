@@ -1,0 +1,68 @@
+"""The import DAG of the packages: who may know whom."""
+
+import ast
+from pathlib import Path
+
+# A module may import exactly these of ours (itself and its own folder aside); longest matching prefix decides.
+LEAF: set[str] = set()
+ALLOWED = {
+    "fw_train.config": LEAF,
+    "fw_train.batch": LEAF,
+    "fw_train.geometry": LEAF,
+    "fw_train.flow": LEAF,
+    "fw_train.precision": LEAF,
+    "fw_train.stages": LEAF,
+    "fw_train.measure": LEAF,
+    "fw_train.checkpoint_files": LEAF,
+    "fw_train.data": {"fw_train.batch", "fw_train.geometry"},
+    "fw_train.model": {"fw_train.batch", "fw_train.geometry"},
+    "fw_train.losses": {"fw_train.batch", "fw_train.geometry"},
+    "fw_train.activation_checkpointing": {"fw_train.model"},
+    "fw_train.flops": {"fw_train.model", "fw_train.batch"},
+    "fw_train.step": {"fw_train.flow", "fw_train.losses", "fw_train.model", "fw_train.batch"},
+    "fw_train.build": {"fw_train.config", "fw_train.model"},
+    "fw_train.weights": {"fw_train.checkpoint_files", "fw_train.model"},
+    "fw_train.stage_weights": {"fw_train.checkpoint_files", "fw_train.weights", "fw_train.model"},
+}
+NEVER_IN_MODEL = ("torch.distributed", "deepspeed", "yaml")
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: import by absolute name"
+            yield node.module
+
+
+def module_name(path):
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+
+
+def covers(name, prefix):
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def test_imports_follow_the_map():
+    wrong = []
+    for path in [*Path("fw_train").rglob("*.py"), *Path("data_tools").rglob("*.py"), *Path("launch").rglob("*.py")]:
+        module = module_name(path)
+        rules = [prefix for prefix in ALLOWED if covers(module, prefix)]
+        for name in imports(path):
+            ours = name.split(".")[0] in ("fw_train", "data_tools", "launch")
+            if name.split(".")[0] in ("data_tools", "launch") and module.split(".")[0] == "fw_train":
+                if module != "fw_train.cli":
+                    wrong.append(f"{module} -> {name}: only the command line may reach the tools")
+            elif ours and rules:
+                prefix = max(rules, key=len)
+                if not any(covers(name, allowed) for allowed in ALLOWED[prefix] | {prefix}):
+                    wrong.append(f"{module} -> {name}")
+            if covers(module, "fw_train.model") and any(covers(name, banned) for banned in NEVER_IN_MODEL):
+                wrong.append(f"{module} -> {name}: the network knows no engine and no configuration")
+    assert wrong == []
+
+
+def test_the_map_names_only_modules_that_exist():
+    names = {module_name(path) for path in Path("fw_train").rglob("*.py")}
+    assert [prefix for prefix in ALLOWED if prefix not in names] == []
