@@ -31,7 +31,7 @@ def apply_activation_checkpointing(units: Sequence[ShardUnit], mode: Mode) -> No
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
     for unit in units:
         # The instance attribute hides the class's forward, so that __call__ and its hooks run around the recomputed part.
-        unit.module.forward = functools.partial(checkpoint, unit.module.forward, **options)  # type: ignore[method-assign]
+        unit.module.forward = functools.partial(checkpoint, unit.module.forward, **options)
 
 
 def _keep_attention(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -5,7 +5,7 @@ Units: depth, points and translations are divided by the scene scale; points are
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal, NamedTuple, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ class Batch:
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """Moves every tensor; `dtype` applies to the network's inputs, while labels, poses and the timestep stay fp32."""
         keep = {"timestep", "pose9", "depth", "points", "position", "valid", "camera_on"}
-        moved = {}
+        moved: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, Tensor):

@@ -75,7 +75,7 @@ def initialise(model: nn.Module, device: torch.device | str, seed: int) -> None:
                 raise ValueError(f"{name} is loaded in part; load all of its parameters or none")
             module.to_empty(device=device, recurse=False)
             torch.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=7).digest()))
-            module.reset_parameters()  # type: ignore[operator]
+            module.reset_parameters()
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("FW_TRACEBACK"):
             raise
         print(f"fw {args.command}: {error}", file=sys.stderr)

@@ -90,7 +90,8 @@ def sample_flops(params: WorldParams, shape: Shape, stage: str, velocity: bool =
     if trains_video:
         return parts
 
-    dim, both = wan.dim, "both"
+    dim = wan.dim
+    both: Flow = "both"
     geometry = _wan_block(wan, tokens + special, shape, context_learns)
     geometry.linear += 4 * _linear(tokens, dim, dim) + _linear(frames, dim, dim)  # frame attention, pose adapter
     geometry.attention += _attention(tokens, per_frame, dim)

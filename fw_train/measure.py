@@ -3,7 +3,7 @@
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +24,7 @@ class Timing(NamedTuple):
 
 
 def alternate(
-    work: dict[str, Callable[[], object]], repeats: int, device: torch.device, warmup: int = 1
+    work: Mapping[str, Callable[[], object]], repeats: int, device: torch.device, warmup: int = 1
 ) -> dict[str, Timing]:
     """Runs every piece of work once per round, in turn: what disturbs the machine disturbs them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in work}

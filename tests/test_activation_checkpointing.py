@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from samples import make_batch, tiny_params
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fw_train.activation_checkpointing import apply_activation_checkpointing
 from fw_train.build import build_model
 from fw_train.stages import apply_stage, stage_rules
+from samples import make_batch, tiny_params
 
 MODES = ("none", "selective", "full")
 

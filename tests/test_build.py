@@ -1,10 +1,10 @@
 import pytest
 import torch
-from samples import tiny_params
 
 from fw_train.build import build_model, initialise, on_meta
 from fw_train.model.world import FantasyWorldModel
 from fw_train.precision import assert_uniform
+from samples import tiny_params
 
 
 def test_modules_are_built_in_the_dtype_and_the_default_comes_back():

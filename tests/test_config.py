@@ -60,7 +60,13 @@ def test_the_hash_sees_every_field():
 def test_overrides_are_typed_and_applied_in_order():
     config = load_config(
         "configs/stage1.yaml",
-        ["model.split_layer=16", "model.taps=[5, 8, 10, 13]", "train.learning_rate=1e-4", "data.frames=41", "data.frames=21"],
+        [
+            "model.split_layer=16",
+            "model.taps=[5, 8, 10, 13]",
+            "train.learning_rate=1e-4",
+            "data.frames=41",
+            "data.frames=21",
+        ],
     )
     assert config.model.split_layer == 16
     assert config.model.taps == (5, 8, 10, 13)
@@ -107,7 +113,10 @@ def test_what_cannot_be_read_is_one_clear_error(write, tmp_path, text, message):
         ("model.heads=7", r"model\.dim=1536 over 7 heads"),
         ("model.cross_heads=7", r"model\.cross_width=1152 over 7 heads"),
         ("model.split_layer=30", r"model\.split_layer=30 must lie in 1\.\.29"),
-        ("model.split_layer=16", r"model\.taps=\[5, 8, 11, 17\] must be four ascending geometry blocks of which the last is 13"),
+        (
+            "model.split_layer=16",
+            r"model\.taps=\[5, 8, 11, 17\] must be four ascending geometry blocks of which the last is 13",
+        ),
         ("model.taps=[8, 5, 11, 17]", r"four ascending"),
         ("model.bridge_heads=4", r"heads of at most 256, .*; use 6, 8, 12, 16 or more"),
         ("model.head_chunk_frames=0", r"model\.head_chunk_frames must be at least 1"),

@@ -10,7 +10,12 @@ from fw_train.weights import widen_input_channels
 
 def test_the_table():
     bf16, fp16 = PRECISIONS["bf16"], PRECISIONS["fp16"]
-    assert (bf16.params, bf16.compute, bf16.master, bf16.gradients) == (torch.bfloat16, torch.bfloat16, torch.float32, torch.float32)
+    assert (bf16.params, bf16.compute, bf16.master, bf16.gradients) == (
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float32,
+    )
     assert (fp16.params, fp16.loss_scaling, bf16.loss_scaling) == (torch.float16, True, False)
     assert {p.vae for p in PRECISIONS.values()} == {torch.float32}
 
@@ -20,7 +25,9 @@ def test_every_stray_parameter_and_buffer_is_named():
     assert_uniform(model, torch.bfloat16)  # the integer counter of the batch norm does not count
     model[0].bias.data = model[0].bias.data.float()
     model[1].running_var = model[1].running_var.float()
-    with pytest.raises(PrecisionError, match=r"2 tensors are not torch.bfloat16: 0\.bias \(torch.float32\), 1\.running_var"):
+    with pytest.raises(
+        PrecisionError, match=r"2 tensors are not torch.bfloat16: 0\.bias \(torch.float32\), 1\.running_var"
+    ):
         assert_uniform(model, torch.bfloat16)
 
 

@@ -3,11 +3,11 @@ import re
 
 import pytest
 import torch
-from samples import tiny_params
 
 from fw_train.build import on_meta
 from fw_train.model.world import FantasyWorldModel
 from fw_train.stages import Rule, apply_stage, count_rules, match_rules, stage_rules
+from samples import tiny_params
 
 
 @pytest.fixture(scope="module")

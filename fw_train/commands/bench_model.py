@@ -14,7 +14,7 @@ import argparse
 import platform
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -232,7 +232,7 @@ def diffusers_twin(ours: WanDiT, clip_dim: int) -> nn.Module:
     if p.variant not in ("t2v", "i2v"):
         raise ValueError(f"diffusers has the variants t2v and i2v; model.variant is {p.variant}")
     parameter = next(ours.parameters())
-    twin = WanTransformer3DModel(
+    twin: Any = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=p.heads,
         attention_head_dim=p.head_dim,
@@ -245,7 +245,8 @@ def diffusers_twin(ours: WanDiT, clip_dim: int) -> nn.Module:
         eps=p.eps,
         image_dim=clip_dim if p.inputs.clip else None,
         added_kv_proj_dim=p.dim if p.inputs.clip else None,
-    ).to(parameter.device, parameter.dtype)
+    )
+    twin.to(parameter.device, parameter.dtype)
     twin.load_state_dict({to_diffusers(name): tensor for name, tensor in ours.state_dict().items()})
     return twin
 

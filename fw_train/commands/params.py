@@ -70,21 +70,19 @@ def run(args: argparse.Namespace) -> int:
     precision = PRECISIONS[config.train.precision]
     model = on_meta(lambda: FantasyWorldModel(world_params(config)), precision.params)
     stage = config.train.stage
+    m = config.model
     rules = stage_rules(stage, config.train.gate_lr_scale)
-    known = (config.model.dim, config.model.layers) == (PUBLISHED_DIM, PUBLISHED_LAYERS)
+    known = (m.dim, m.layers) == (PUBLISHED_DIM, PUBLISHED_LAYERS)
     rows = part_rows(model, stage)
     total = sum(row.parameters for row in rows)
     trainable = sum(row.trainable for row in rows)
 
-    print(
-        f"{config.model.variant}, width {config.model.dim}, {config.model.layers} blocks, {stage}, {precision.params}"
-    )
+    print(f"{m.variant}, width {m.dim}, {m.layers} blocks, {stage}, {precision.params}")
     print(f"\n{'part':<18}{'parameters':>16}{'trainable':>16}{'weights':>12}  {'published' if known else ''}")
     for row in rows:
         size = _bytes(row.parameters * precision.params.itemsize)
-        print(
-            f"{row.part:<18}{row.parameters:>16,}{row.trainable:>16,}{size:>12}  {_published(row.part, row.parameters) if known else ''}"
-        )
+        note = _published(row.part, row.parameters) if known else ""
+        print(f"{row.part:<18}{row.parameters:>16,}{row.trainable:>16,}{size:>12}  {note}")
     number = stage.removeprefix("stage")
     published = _published(f"trainable, stage {number}", trainable) if known and stage != "stage0" else ""
     print(f"{'total':<18}{total:>16,}{trainable:>16,}{_bytes(total * precision.params.itemsize):>12}  {published}")

@@ -111,7 +111,7 @@ def compare_fixture(
         with torch.no_grad():
             computed = compute(fixture, dtype, device)
     except KeyError as error:
-        raise ValueError(f"the fixture lacks {error} in its config or inputs") from None
+        raise ValueError(f"the fixture lacks {error} in its config or its inputs") from None
     missing = [name for name in fixture.outputs if name not in computed]
     if missing:
         raise ValueError(f"no module gives out.{', out.'.join(missing)}; there are {', '.join(computed)}")
@@ -154,7 +154,11 @@ def _run_wan(fixture: Fixture, dtype: torch.dtype, device: str) -> dict[str, Ten
     unknown = [name for name in fixture.inputs if name not in WAN_INPUTS]
     if unknown:
         raise ValueError(f"unknown inputs in.{', in.'.join(unknown)}; known are {', '.join(WAN_INPUTS)}")
-    batch = Batch(**{WAN_INPUTS[name]: tensor for name, tensor in fixture.inputs.items()}).to(device, dtype)
+    missing = [f"in.{name}" for name in ("latents", "text", "timestep") if name not in fixture.inputs]
+    if missing:
+        raise ValueError(f"the fixture lacks {', '.join(missing)}")
+    fields: dict[str, Any] = {WAN_INPUTS[name]: tensor for name, tensor in fixture.inputs.items()}
+    batch = Batch(**fields).to(device, dtype)
 
     stream = model.embed(batch)
     outputs = {"freqs_real": stream.rope.unsqueeze(1)}

@@ -151,7 +151,7 @@ class FantasyWorldModel(nn.Module):
         tokens = self.latent_bridge(stream.video)
         specials = torch.cat((self.token_camera, self.tokens_register), dim=1).expand(tokens.shape[0], -1, -1)
         tokens = torch.cat((tokens, specials), dim=1)
-        taps = []
+        taps: list[Tensor] = []
         for pair, block in enumerate(self.geo_blocks):
             tokens = block(
                 tokens, stream.text, stream.image, stream.modulation, geometry_rope, frame_rope, pose.feature, pose.on
