@@ -34,13 +34,13 @@ def draw_sample_noise(
     latent_shape: Sequence[int],
     *,
     shift: float = SHIFT,
-    camera_dropout: float,
-    text_dropout: float,
+    camera_drop: float,
+    text_drop: float,
 ) -> Draw:
     """Everything random about training on the samples at `position` (int64 [B]), on the device of `position`."""
     if not shift > 0:
         raise ValueError(f"shift must be positive, got {shift}; 1 draws s uniformly, 5 is Wan's")
-    for name, probability in (("camera_dropout", camera_dropout), ("text_dropout", text_dropout)):
+    for name, probability in (("camera_drop", camera_drop), ("text_drop", text_drop)):
         if not 0 <= probability <= 1:
             raise ValueError(f"{name} must be a probability, got {probability}; use a value from 0 to 1")
     s = shifted(_uniform(seed, position, "s"), shift).float()
@@ -48,8 +48,8 @@ def draw_sample_noise(
         noise=draw_noise(seed, position, latent_shape),
         s=s,
         timestep=to_timestep(s),
-        camera_dropped=_uniform(seed, position, "camera") < camera_dropout,
-        text_dropped=_uniform(seed, position, "text") < text_dropout,
+        camera_dropped=_uniform(seed, position, "camera") < camera_drop,
+        text_dropped=_uniform(seed, position, "text") < text_drop,
     )
 
 

@@ -12,7 +12,7 @@ LATENT = (16, 3, 4, 6)  # C F h w
 
 def draw(position: list[int], latent_shape: tuple[int, ...] = LATENT, seed: int = 1234, shift: float = 5) -> flow.Draw:
     places = torch.tensor(position)
-    return flow.draw_sample_noise(seed, places, latent_shape, shift=shift, camera_dropout=0.17, text_dropout=0.1)
+    return flow.draw_sample_noise(seed, places, latent_shape, shift=shift, camera_drop=0.17, text_drop=0.1)
 
 
 def test_a_batch_draws_what_its_samples_draw_alone_in_any_order() -> None:
@@ -87,7 +87,7 @@ def test_statistics_of_a_training_run() -> None:
 
 @pytest.mark.parametrize(("probability", "expected"), [(0.0, 0), (1.0, 500)])
 def test_certain_dropout_decisions(probability: float, expected: int) -> None:
-    drawn = flow.draw_sample_noise(0, torch.arange(500), (1,), camera_dropout=probability, text_dropout=probability)
+    drawn = flow.draw_sample_noise(0, torch.arange(500), (1,), camera_drop=probability, text_drop=probability)
     assert drawn.camera_dropped.sum() == drawn.text_dropped.sum() == expected
 
 
@@ -170,8 +170,8 @@ def test_errors_name_the_values() -> None:
         flow.draw_noise(0, torch.zeros(1, dtype=torch.int32), (1,))
     with pytest.raises(ValueError, match="shift must be positive, got 0"):
         draw([1], shift=0)
-    with pytest.raises(ValueError, match=r"text_dropout must be a probability, got 1\.5"):
-        flow.draw_sample_noise(0, torch.tensor([1]), (1,), camera_dropout=0, text_dropout=1.5)
+    with pytest.raises(ValueError, match=r"text_drop must be a probability, got 1\.5"):
+        flow.draw_sample_noise(0, torch.tensor([1]), (1,), camera_drop=0, text_drop=1.5)
     with pytest.raises(ValueError, match=r"noise levels \(3,\) do not fit x \(2, 3\)"):
         mix_with(torch.zeros(3))
     with pytest.raises(ValueError, match="at least one step, got 0"):
