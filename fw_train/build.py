@@ -8,10 +8,16 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from fw_train.base_hash import base_hash
+from fw_train.checkpoint_files import TensorInfo
 from fw_train.config import Config
 from fw_train.model.heads import DenseHeadParams
 from fw_train.model.wan import WanParams
 from fw_train.model.world import FantasyWorldModel, WorldParams
+from fw_train.precision import PRECISIONS, assert_uniform
+from fw_train.stage_weights import load_stage_weights, validate_stage_weights
+from fw_train.stages import match_rules, stage_rules
+from fw_train.weights import load_wan, seed_geometry
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -43,6 +49,39 @@ def world_params(config: Config) -> WorldParams:
         cross_heads=m.cross_heads,
         taps=m.taps,
     )
+
+
+def load_model(config: Config, device: torch.device | str) -> FantasyWorldModel:
+    """The network of a run with all its weights: the base's, those of the stage before, fresh ones for the rest.
+
+    Every file is checked against the network before anything is allocated, and every tensor is read into its place once.
+    """
+    weights, dtype = config.weights, PRECISIONS[config.train.precision].params
+    model = on_meta(lambda: FantasyWorldModel(world_params(config)), dtype)
+    if weights.init_from:
+        expected = trainable_shapes(model, "stage1")
+        validate_stage_weights(weights.init_from, expected, "stage1", base_identity(config))
+    if weights.base:
+        load_wan(model.video, weights.base, device, weights.widen_input)
+    if weights.init_from:
+        load_stage_weights(model, weights.init_from, device)
+    elif weights.base:
+        seed_geometry(model)
+    initialise(model, device, config.train.seed)
+    assert_uniform(model, dtype)
+    return model
+
+
+def base_identity(config: Config) -> str:
+    """What the video branch holds: the hash of its checkpoint, or the seed of fresh weights."""
+    return base_hash(config.weights.base) if config.weights.base else f"fresh weights of seed {config.train.seed}"
+
+
+def trainable_shapes(model: FantasyWorldModel, stage: str) -> dict[str, TensorInfo]:
+    """Shape and dtype of what a stage trains, and so of what its result file holds."""
+    parameters = dict(model.named_parameters())
+    matched = match_rules(parameters, stage_rules(stage))
+    return {name: TensorInfo.of(p) for name, p in parameters.items() if matched[name].trainable}
 
 
 def on_meta(build: Callable[[], M], dtype: torch.dtype) -> M:

@@ -20,9 +20,20 @@ ALLOWED = {
     "fw_train.activation_checkpointing": {"fw_train.model"},
     "fw_train.flops": {"fw_train.model", "fw_train.batch"},
     "fw_train.step": {"fw_train.flow", "fw_train.losses", "fw_train.model", "fw_train.batch"},
-    "fw_train.build": {"fw_train.config", "fw_train.model"},
+    "fw_train.camera_files": {"fw_train.geometry"},
     "fw_train.weights": {"fw_train.checkpoint_files", "fw_train.model"},
-    "fw_train.stage_weights": {"fw_train.checkpoint_files", "fw_train.weights", "fw_train.model"},
+    "fw_train.base_hash": {"fw_train.checkpoint_files", "fw_train.weights"},
+    "fw_train.stage_weights": {"fw_train.checkpoint_files", "fw_train.weights"},
+    "fw_train.build": {
+        "fw_train.config",
+        "fw_train.model",
+        "fw_train.stages",
+        "fw_train.precision",
+        "fw_train.checkpoint_files",
+        "fw_train.weights",
+        "fw_train.base_hash",
+        "fw_train.stage_weights",
+    },
 }
 NEVER_IN_MODEL = ("torch.distributed", "deepspeed", "yaml")
 

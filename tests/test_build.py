@@ -1,9 +1,13 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fw_train.build import build_model, initialise, on_meta
+from fw_train.build import base_identity, build_model, initialise, load_model, on_meta, trainable_shapes
+from fw_train.checkpoint_files import CheckpointError
+from fw_train.config import config_hash, load_config
 from fw_train.model.world import FantasyWorldModel
 from fw_train.precision import assert_uniform
+from fw_train.stage_weights import StageInfo, write_stage_weights
 from samples import tiny_params
 
 
@@ -55,3 +59,92 @@ def test_fresh_gates_and_adapters_are_zero_and_the_rest_is_not():
             assert not p.any(), name
         elif not name.endswith("bias"):
             assert p.any(), name
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def demo(*overrides):
+    return load_config("configs/demo.yaml", ["train.precision=fp32", *overrides])
+
+
+def train_nothing(config, path, stage=None, step=3):
+    """What a run of the configuration would write at its end, had it learned nothing."""
+    model = load_model(config, "cpu")
+    stage = stage or config.train.stage
+    tensors = {name: model.get_parameter(name) for name in trainable_shapes(model, stage)}
+    info = StageInfo(stage, step, config_hash(config), base_identity(config), torch.float32)
+    write_stage_weights(path, tensors, info)
+    return model
+
+
+@pytest.fixture
+def stages(tmp_path):
+    """A base made by stage 0, and stage 1's result on it."""
+    base, result = tmp_path / "stage0" / "step-3.safetensors", tmp_path / "stage1" / "step-3.safetensors"
+    train_nothing(demo("train.stage=stage0"), base)
+    model = train_nothing(demo(f"weights.base={base}"), result)
+    return base, result, model
+
+
+def test_the_stages_hand_their_weights_over(stages):
+    base, result, first = stages
+    second = load_model(
+        demo("train.stage=stage2", f"weights.base={base}", f"weights.init_from={result}", "train.seed=9"), "cpu"
+    )
+    # Another seed: what is equal came through the files. Camera adapters and cross-attention are new in stage 2.
+    for name in [*trainable_shapes(first, "stage1"), *(f"video.{n}" for n, _ in first.video.named_parameters())]:
+        assert torch.equal(first.get_parameter(name), second.get_parameter(name)), name
+
+
+def test_geometry_blocks_start_as_their_wan_blocks(stages):
+    _, _, model = stages
+    split = model.params.split_layer
+    for pair, block in enumerate(model.geo_blocks):
+        twin = model.video.blocks[split + pair]
+        assert torch.equal(block.ffn[0].weight, twin.ffn[0].weight)
+        assert torch.equal(block.frame_attn.q.weight, twin.self_attn.q.weight)
+        assert not block.frame_attn.gate.any()
+
+
+class Allocations(TorchDispatchMode):
+    """Counts elements that come into being outside the meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not out.is_meta:
+            self.elements += out.numel()
+        return out
+
+
+def test_a_wrong_start_is_refused_before_anything_is_allocated(stages, tmp_path):
+    base, result, _ = stages
+    stage2 = tmp_path / "stage2.safetensors"
+    train_nothing(demo("train.stage=stage2", f"weights.base={base}", f"weights.init_from={result}"), stage2)
+    other = tmp_path / "other.safetensors"
+    train_nothing(demo("train.stage=stage0", "train.seed=5"), other)
+    for overrides, message in (
+        ((f"weights.base={base}", f"weights.init_from={stage2}"), "holds the weights of stage2"),
+        ((f"weights.base={base}", f"weights.init_from={base}"), "holds the weights of stage0"),
+        ((f"weights.base={other}", f"weights.init_from={result}"), "was trained on the base"),
+        ((f"weights.base={base}", f"weights.init_from={result}", "model.register_tokens=3"), "tokens_register"),
+        ((f"weights.base={base}", f"weights.init_from={result}", "train.precision=bf16"), "of another dtype"),
+        ((f"weights.base={base}", f"weights.init_from={tmp_path / 'none.safetensors'}"), "no checkpoint"),
+    ):
+        config = demo("train.stage=stage2", *overrides)
+        base_identity(config)  # hashing the base reads it once; the cache keeps it
+        with Allocations() as counted, pytest.raises(CheckpointError, match=message):
+            load_model(config, "cpu")
+        assert counted.elements < 1000, "nothing large may be allocated for weights that do not fit"
+
+
+def test_stage_1_takes_no_weights_of_a_stage(stages):
+    _, result, _ = stages
+    with pytest.raises(CheckpointError, match="these are the trained weights of stage1; the base is a Wan checkpoint"):
+        load_model(demo(f"weights.base={result}"), "cpu")
