@@ -75,6 +75,8 @@ class TrainConfig:
     global_batch: int = 64  # samples per optimiser step, over all GPUs
     micro_batch: int = 1  # samples per GPU and forward pass
     learning_rate: float = 1e-5
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
     weight_decay: float = 1e-2
     gate_lr_scale: float = 1.0  # learning rate of the zero-initialised gates, relative to the rest
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
@@ -321,6 +323,8 @@ def _train_problems(config: Config) -> Iterator[str]:
     for name in ("learning_rate", "gate_lr_scale"):
         if not 0 < getattr(t, name) < float("inf"):
             yield f"train.{name}={getattr(t, name)} must be positive and finite"
+    if not 0 <= t.warmup_steps <= t.steps:
+        yield f"train.warmup_steps={t.warmup_steps} must lie between 0 and train.steps={t.steps}"
     if not 0 <= t.weight_decay < float("inf"):
         yield f"train.weight_decay={t.weight_decay} must be finite and not negative"
     for name in ("camera_drop", "text_drop"):

@@ -37,6 +37,10 @@ class ParameterGroup(NamedTuple):
     parameters: dict[str, nn.Parameter]
 
 
+FRAME_GATES = r"geo_blocks\.\d+\.frame_attn\.gate"
+CROSS_GATES = r"irg_cross_attns\.\d+\.gamma_m[12]"
+
+
 def stage_rules(stage: str, gate_lr_scale: float = 1.0) -> tuple[Rule, ...]:
     """The rules of a stage. Gates start at zero and have no decay, which would hold them there."""
     if stage == "stage0":
@@ -47,21 +51,20 @@ def stage_rules(stage: str, gate_lr_scale: float = 1.0) -> tuple[Rule, ...]:
         )
     tokens = Rule(r"token_camera|tokens_register", trainable=True, weight_decay=False)
     learns = r"latent_bridge\..*|geo_blocks\..*|pose_enc\..*|head_(depth|point|camera)\..*"
-    frame_gates = r"geo_blocks\.\d+\.frame_attn\.gate"
     if stage == "stage1":
         return (
             Rule(r"video\..*", trainable=False),
             Rule(r"camera_adapters\..*", trainable=False),
             Rule(r"irg_cross_attns\..*", trainable=False),
-            Rule(frame_gates, trainable=True, lr_scale=gate_lr_scale, weight_decay=False),
+            Rule(FRAME_GATES, trainable=True, lr_scale=gate_lr_scale, weight_decay=False),
             tokens,
             Rule(learns, trainable=True),
         )
     if stage == "stage2":
         return (
             Rule(r"video\..*", trainable=False),
-            Rule(frame_gates, trainable=True, lr_scale=gate_lr_scale, weight_decay=False),
-            Rule(r"irg_cross_attns\.\d+\.gamma_m[12]", trainable=True, lr_scale=gate_lr_scale, weight_decay=False),
+            Rule(FRAME_GATES, trainable=True, lr_scale=gate_lr_scale, weight_decay=False),
+            Rule(CROSS_GATES, trainable=True, lr_scale=gate_lr_scale, weight_decay=False),
             tokens,
             Rule(learns, trainable=True),
             Rule(r"camera_adapters\..*", trainable=True),
@@ -118,3 +121,9 @@ def count_rules(model: nn.Module, rules: Sequence[Rule]) -> list[RuleCount]:
     matched = match_rules(sizes, rules)
     taken = {rule: [sizes[name] for name, r in matched.items() if r is rule] for rule in rules}
     return [RuleCount(rule, len(sizes_of), sum(sizes_of)) for rule, sizes_of in taken.items()]
+
+
+def gate_magnitudes(model: nn.Module) -> dict[str, float]:
+    """The mean size of every zero-initialised gate: how far the branches have opened to each other."""
+    gates = {name: p for name, p in model.named_parameters() if re.fullmatch(f"{FRAME_GATES}|{CROSS_GATES}", name)}
+    return {name: gate.detach().float().abs().mean().item() for name, gate in gates.items()}

@@ -13,6 +13,7 @@ ALLOWED = {
     "fw_train.precision": LEAF,
     "fw_train.stages": LEAF,
     "fw_train.measure": LEAF,
+    "fw_train.optimiser": {"fw_train.stages"},
     "fw_train.checkpoint_files": LEAF,
     "fw_train.data": {"fw_train.batch", "fw_train.geometry"},
     "fw_train.model": {"fw_train.batch", "fw_train.geometry"},

@@ -122,6 +122,7 @@ def test_what_cannot_be_read_is_one_clear_error(write, tmp_path, text, message):
         ("model.head_chunk_frames=0", r"model\.head_chunk_frames must be at least 1"),
         ("model.register_tokens=-1", r"must not be negative"),
         ("train.micro_batch=3", r"global_batch=64 is not divisible by micro_batch=3; use one of \[1, 2, 4, 8"),
+        ("train.warmup_steps=30000", r"warmup_steps=30000 must lie between 0 and train\.steps=20000"),
         ("train.learning_rate=-1", r"must be positive and finite"),
         ("train.learning_rate=nan", r"must be positive and finite"),
         ("train.camera_drop=1.5", r"is a probability"),
