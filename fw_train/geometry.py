@@ -98,9 +98,8 @@ def mirror_cameras(cameras: Cameras) -> Cameras:
 def pixel_directions(intrinsics: Tensor, height: int, width: int) -> Tensor:
     """Directions [..., H, W, 3] through the pixel centres in camera coordinates, with z = 1; intrinsics [..., 4] in pixels."""
     fx, fy, cx, cy = (value[..., None, None] for value in intrinsics.unbind(-1))
-    options = {"dtype": intrinsics.dtype, "device": intrinsics.device}
-    v = torch.arange(height, **options)[:, None] + 0.5
-    u = torch.arange(width, **options) + 0.5
+    v = torch.arange(height, dtype=intrinsics.dtype, device=intrinsics.device)[:, None] + 0.5
+    u = torch.arange(width, dtype=intrinsics.dtype, device=intrinsics.device) + 0.5
     x, y = torch.broadcast_tensors((u - cx) / fx, (v - cy) / fy)
     return torch.stack((x, y, torch.ones_like(x)), dim=-1)
 

@@ -21,6 +21,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from fw_train.batch import DEPTH_KINDS, Batch, DepthKind, Prediction
+from fw_train.geometry import wrap_angle
 
 Preset = Literal["guide", "paper"]
 
@@ -321,15 +322,11 @@ def nearest(queries: Tensor, points: Tensor) -> Tensor:
 def camera_term(prediction: Tensor, label: Tensor, params: LossParams) -> Tensor:
     """Mean square (guide) or Huber (paper) error [B] of camera numbers [B, T, 9], roll taken the short way round."""
     error = prediction.float() - label.float()
-    error = torch.cat([error[..., :ROLL], _wrap_angle(error[..., ROLL : ROLL + 1]), error[..., ROLL + 1 :]], dim=-1)
+    error = torch.cat([error[..., :ROLL], wrap_angle(error[..., ROLL : ROLL + 1]), error[..., ROLL + 1 :]], dim=-1)
     if params.preset == "guide":
         return error.square().flatten(1).mean(1)
     huber = functional.huber_loss(error, torch.zeros_like(error), reduction="none", delta=params.huber_delta)
     return huber.flatten(1).mean(1)
-
-
-def _wrap_angle(x: Tensor) -> Tensor:
-    return torch.atan2(x.sin(), x.cos())
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
