@@ -1,0 +1,80 @@
+"""The identity of base weights: a hash of what they are, whatever files and names they come in."""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fw_train.checkpoint_files import CheckpointReader, open_checkpoint
+from fw_train.weights import map_names
+
+log = logging.getLogger(__name__)
+
+CACHE_FORMAT = "fw_train.base_hash.v1"  # new whenever the same weights would get another hash
+
+
+def base_hash(checkpoint: CheckpointReader | str | Path, cached: bool = True) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of all tensors, sorted by original name.
+
+    One tensor is in memory at a time. With `cached` the result is kept in the user's cache folder until a file changes.
+    """
+    reader = checkpoint if isinstance(checkpoint, CheckpointReader) else open_checkpoint(checkpoint)
+    stamps = [list(stamp) for stamp in reader.files]
+    place = os.path.realpath(reader.path)
+    if cached:
+        known = _read_cache(cache_path()).get(place)
+        if isinstance(known, dict) and known.get("files") == stamps and _is_hash(known.get("sha256")):
+            return known["sha256"]
+    digest = _digest(reader)
+    if cached:
+        _remember(cache_path(), place, {"files": stamps, "sha256": digest})
+    return digest
+
+
+def cache_path() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    # A relative one is to be ignored, says the XDG specification.
+    return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "fw_train" / "base_hash.json"
+
+
+def _digest(reader: CheckpointReader) -> str:
+    digest, shapes = hashlib.sha256(), reader.shapes()
+    for name, key in sorted(map_names(shapes).file_keys.items()):
+        shape, dtype = shapes[key]
+        digest.update(json.dumps([name, str(dtype).removeprefix("torch."), list(shape)]).encode() + b"\n")
+        digest.update(reader.tensor(key).flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read_cache(path: Path) -> dict[str, Any]:
+    try:
+        cache = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        log.warning("the cache of base hashes %s is not readable (%s) and is made anew", path, error)
+        return {}
+    if not isinstance(cache, dict) or cache.get("format") != CACHE_FORMAT or not isinstance(cache.get("hashes"), dict):
+        log.warning("the cache of base hashes %s is not one of %s and is made anew", path, CACHE_FORMAT)
+        return {}
+    return cache["hashes"]
+
+
+def _remember(path: Path, place: str, entry: dict[str, Any]) -> None:
+    cache = {"format": CACHE_FORMAT, "hashes": {**_read_cache(path), place: entry}}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
+            json.dump(cache, file, indent=1)
+        os.replace(file.name, path)
+    except OSError as error:
+        log.warning("the base hash of %s is not kept, %s is not writable: %s", place, path, error)
+
+
+def _is_hash(text: Any) -> bool:
+    return isinstance(text, str) and len(text) == 64
