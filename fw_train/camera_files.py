@@ -18,7 +18,8 @@ from torch import Tensor
 from fw_train.geometry import Cameras, rigid
 
 FULL, POSE_ONLY = 19, 12
-ROTATION_TOLERANCE = 1e-3  # files hold a limited number of digits
+ROTATION_TOLERANCE = 2e-3  # three decimals are off by this much
+ROUNDED = 1e-12  # from orthonormal; fp64 rotations written with all digits are closer
 MAX_BYTES = 64 << 20
 
 
@@ -32,11 +33,11 @@ def read_cameras(
     """The cameras of a file, which must have `frames` rows where that is given; 12-value rows need `intrinsics_frac`."""
     path = Path(path)
     if not path.is_file():
-        raise CameraFileError(f"no camera file {path}")
+        raise CameraFileError(f"no camera file {path}; give one row per frame, or leave the clip out")
     if path.stat().st_size > MAX_BYTES:
         raise CameraFileError(f"{path} has {path.stat().st_size} bytes; a camera file has one short row a frame")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise CameraFileError(f"{path} is not a text file; cameras are rows of {FULL} or {POSE_ONLY} numbers") from None
     numbered = [(number, line.split()) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -48,7 +49,9 @@ def read_cameras(
     width = len(rows[0])
     for (number, words), row in zip(numbered, rows, strict=True):
         if len(row) != width:
-            raise CameraFileError(f"{path}, line {number}: {len(words)} values where line {numbered[0][0]} has {width}")
+            raise CameraFileError(
+                f"{path}, line {number}: {len(words)} values where line {numbered[0][0]} has {width}; all rows have one format"
+            )
     if frames is not None and len(numbered) != frames:
         raise CameraFileError(
             f"{path}, line {numbered[-1][0]}: {len(numbered)} rows for {frames} frames; rows and frames are matched by order, "
@@ -70,6 +73,8 @@ def write_cameras(path: str | Path, cameras: Cameras) -> None:
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write("\n".join(rows) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -109,7 +114,10 @@ def _poses(path: Path, numbers: list[int], matrices: Tensor) -> Tensor:
             f"{path}, line {numbers[index]}: the 3x3 part is no rotation (determinant {torch.linalg.det(rotation[index]):.4f}, "
             f"{off[index]:.1e} from orthonormal); the 3x4 is row-major with the translation as last column"
         )
-    return rigid(rotation, matrices[..., 3])
+    # Rounded digits become the nearest rotation, so that the first camera's relative pose is the identity; exact ones stay.
+    u, _, vt = torch.linalg.svd(rotation)
+    rounded = (off > ROUNDED)[:, None, None]
+    return rigid(torch.where(rounded, u @ vt, rotation), matrices[..., 3])
 
 
 def _intrinsics(path: Path, number: int, table: Tensor, given: Sequence[float] | None) -> Tensor:

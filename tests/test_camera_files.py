@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from fw_train.camera_files import CameraFileError, read_cameras, write_cameras
-from fw_train.geometry import Cameras, rigid
+from fw_train.geometry import Cameras, relative_to_first, rigid
 
-FIXTURE = np.load("tests/fixtures/cameras_re10k.npz")
+FIXTURE = np.load(Path(__file__).parent / "fixtures/cameras_re10k.npz")
 IDENTITY = "1 0 0 0 0 1 0 0 0 0 1 0"
 ROW = f"0 0.9 1.6 0.5 0.5 0 0 {IDENTITY}"
 
@@ -46,6 +46,15 @@ def test_twelve_values_take_the_intrinsics_of_the_metadata(write):
 def test_the_translation_is_the_last_column_not_the_last_three_numbers(write):
     cameras = read_cameras(write("0 .9 1.6 .5 .5 0 0  1 0 0 7  0 1 0 8  0 0 1 9"))
     assert cameras.cam_from_world[0, :3, 3].tolist() == [7, 8, 9]
+
+
+def test_rotations_of_few_digits_become_rotations(write):
+    rows = FIXTURE["rows"]
+    text = "\n".join(" ".join(f"{value:.4f}" for value in row) for row in rows)
+    cameras = read_cameras(write("\ufeff" + text), frames=9)  # with the mark that some editors put in front
+    np.testing.assert_allclose(cameras.cam_from_world[:, :3].numpy(), rows[:, 7:].reshape(9, 3, 4), atol=1e-4)
+    first = relative_to_first(cameras.cam_from_world)[0]
+    torch.testing.assert_close(first, torch.eye(4, dtype=torch.float64), atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -103,3 +112,10 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         write_cameras(path, broken)
     assert path.read_text() == "old"
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_write_that_cannot_end_leaves_nothing_behind(tmp_path):
+    (tmp_path / "out.txt").mkdir()
+    with pytest.raises(OSError, match=r"out\.txt"):
+        write_cameras(tmp_path / "out.txt", Cameras(torch.eye(4).expand(2, 4, 4), torch.ones(2, 4)))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.txt"]

@@ -1,6 +1,7 @@
 """Cameras and poses, against hand-made numbers, reference arrays and round trips."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,12 +18,15 @@ from fw_train.geometry import (
     crop_resize_intrinsics,
     decode_pose9,
     direction_angle_deg,
+    divide_translation,
     encode_pose9,
     intrinsics_px,
     invert_rigid,
     mirror_cameras,
+    mirror_points,
     pack_plucker,
     plucker_rays,
+    points_in_first_camera,
     relative_pose_errors,
     relative_to_first,
     rigid,
@@ -34,7 +38,7 @@ from fw_train.geometry import (
     wrap_angle,
 )
 
-FIXTURE = np.load("tests/fixtures/cameras_re10k.npz")
+FIXTURE = np.load(Path(__file__).parent / "fixtures/cameras_re10k.npz")
 F64 = torch.float64
 
 
@@ -106,9 +110,15 @@ class TestIntrinsics:
         def points(cameras, depth):
             return unproject(depth, intrinsics_px(cameras.intrinsics_frac, 6, 8), invert_rigid(cameras.cam_from_world))
 
-        mirrored = points(mirror_cameras(cameras), depth.flip(-1)).flip(-1)
-        expected = points(cameras, depth) * torch.tensor([-1.0, 1, 1], dtype=F64)[:, None, None]
+        mirrored = points(mirror_cameras(cameras), depth.flip(-1))
+        expected = points(cameras, depth).flip(-1) * torch.tensor([-1.0, 1, 1], dtype=F64)[:, None, None]
         torch.testing.assert_close(mirrored, expected)
+        assert torch.equal(mirror_points(points(cameras, depth)), expected)
+
+    @pytest.mark.parametrize("crop", [(21, 0, 20, 60), (0, 40, 40, 21), (-1, 0, 20, 60), (0, 0, 0, 60)])
+    def test_a_crop_lies_within_its_frame(self, crop):
+        with pytest.raises(ValueError, match=r"does not lie within the 40x60 frame"):
+            crop_resize_intrinsics(torch.ones(4), (40, 60), crop)
 
 
 class TestPlucker:
@@ -127,6 +137,10 @@ class TestPlucker:
         for c in range(6):
             assert packed[4 * c : 4 * c + 4, 0, 0, 0].tolist() == [c] * 4
             assert packed[4 * c : 4 * c + 4, 1, 0, 0].tolist() == [10 + c, 20 + c, 30 + c, 40 + c]
+
+    def test_a_batch_is_packed_clip_by_clip(self):
+        rays = torch.randn(2, 9, 2, 3, 6, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(pack_plucker(rays), torch.stack([pack_plucker(clip) for clip in rays]))
 
     def test_a_clip_of_another_length_cannot_be_packed(self):
         with pytest.raises(ValueError, match=r"8 ray maps are not 4k \+ 1; cut the clip to 5"):
@@ -194,6 +208,38 @@ class TestPose9:
         decoded, _ = decode_pose9(encode_pose9(poses, torch.ones(100)))
         torch.testing.assert_close(decoded, poses, atol=2e-5, rtol=0)
 
+    @pytest.mark.parametrize("up", [1, -1])
+    def test_encoding_and_decoding_agree_when_an_axis_is_vertical(self, up):
+        """fp32 rounding puts axes around the threshold on either side of it: a different reference would be another roll."""
+        generator = torch.Generator().manual_seed(0)
+        sines = 1 - 1e-6 + 3e-7 * torch.randn(2000, generator=generator, dtype=F64)
+        poses = []
+        for sine in sines.clamp(max=1).tolist():
+            turn, roll = (2 * math.pi * torch.rand(2, generator=generator)).tolist()
+            r = rotation("y", turn) @ rotation("x", -up * math.asin(sine)) @ rotation("z", roll)
+            poses.append(rigid(r, torch.ones(3, dtype=F64)))
+        poses = torch.stack(poses).float()
+        decoded, _ = decode_pose9(encode_pose9(poses, torch.ones(len(poses))))
+        torch.testing.assert_close(decoded, poses, atol=2e-5, rtol=0)
+
+    @pytest.mark.parametrize("down", [1, -1])
+    @pytest.mark.parametrize("roll", [0.0, 1.2, math.pi])
+    def test_a_vertical_axis_rolls_from_the_first_cameras_x_axis(self, down, roll):
+        """For d = (0, down, 0): x0 = (1, 0, 0) and y0 = d x x0 = (0, 0, -down)."""
+        x = torch.tensor([math.cos(roll), 0, -down * math.sin(roll)], dtype=F64)
+        axis = torch.tensor([0.0, down, 0], dtype=F64)
+        pose = rigid(torch.stack((x, torch.linalg.cross(axis, x), axis), dim=-1), torch.ones(3, dtype=F64))
+        numbers = encode_pose9(pose, torch.tensor(1.0, dtype=F64))
+        assert numbers[7].item() == pytest.approx(roll)
+        torch.testing.assert_close(decode_pose9(numbers)[0], pose)
+
+    def test_what_a_moment_has_along_the_axis_and_the_length_of_the_axis_do_not_count(self):
+        numbers = encode_pose9(random_cameras(9, 5), torch.ones(5, dtype=F64))
+        changed = numbers.clone()
+        changed[:, 3:6] += 0.7 * numbers[:, :3]
+        changed[:, :3] *= 3
+        torch.testing.assert_close(decode_pose9(changed)[0], decode_pose9(numbers)[0])
+
     def test_any_numbers_decode_to_a_camera(self):
         poses, _ = decode_pose9(torch.randn(50, 9, generator=torch.Generator().manual_seed(0), dtype=F64))
         r = poses[:, :3, :3]
@@ -211,6 +257,10 @@ class TestPose9:
         wrapped = wrap_angle(torch.tensor([0.0, math.pi, -math.pi, 3 * math.pi, 1 + 4 * math.pi, -4.0], dtype=F64))
         expected = torch.tensor([0, math.pi, math.pi, math.pi, 1, 2 * math.pi - 4], dtype=F64)
         torch.testing.assert_close(wrapped, expected)
+
+    def test_small_angles_are_not_rounded_by_wrapping(self):
+        angles = torch.tensor([1e-8, -1e-8, 1e-6, 0.1, -3.0, math.pi])
+        assert torch.equal(wrap_angle(angles), angles)
 
 
 class TestPoints:
@@ -234,6 +284,26 @@ class TestPoints:
         points = unproject(depth, intrinsics, first_from_cam[1])
         torch.testing.assert_close(points[2], torch.full((16, 16), 5.0, dtype=F64))
 
+    def test_world_points_move_into_the_first_cameras_frame(self):
+        cam_from_world, intrinsics = random_cameras(11, 6).unflatten(0, (2, 3)), torch.tensor([5.0, 6, 3, 2], dtype=F64)
+        depth = 1 + torch.rand(2, 3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=F64)
+        in_world = unproject(depth, intrinsics, invert_rigid(cam_from_world))
+        expected = unproject(depth, intrinsics, relative_to_first(cam_from_world))
+        torch.testing.assert_close(points_in_first_camera(in_world, cam_from_world), expected)
+
+    def test_each_clip_of_a_batch_has_its_own_scale(self):
+        points = torch.ones(2, 1, 3, 1, 1) * torch.tensor([3.0, 6]).view(2, 1, 1, 1, 1)
+        scale = scene_scale(points, torch.ones(2, 1, 1, 1, dtype=torch.bool))
+        torch.testing.assert_close(scale, torch.tensor([27.0, 108]).sqrt())
+        poses = divide_translation(random_cameras(1, 4).float().unflatten(0, (2, 2)), scale)
+        torch.testing.assert_close(poses[1, :, :3, 3], random_cameras(1, 4).float()[2:, :3, 3] / scale[1])
+        assert torch.equal(poses[..., :3, :3].flatten(0, 1), random_cameras(1, 4).float()[:, :3, :3])
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
+    def test_a_scale_that_nothing_can_be_divided_by_is_an_error(self, value):
+        with pytest.raises(ValueError, match=r"over \[4\] valid points cannot be divided by"):
+            scene_scale(torch.full((1, 1, 3, 2, 2), value), torch.ones(1, 1, 2, 2, dtype=torch.bool))
+
     def test_the_scene_scale_is_the_mean_distance_of_valid_points(self):
         points = torch.zeros(1, 3, 1, 3)
         points[0, :, 0] = torch.tensor([[3.0, 0, torch.nan], [4, 0, 0], [0, 1, 0]])
@@ -247,6 +317,41 @@ class TestMetrics:
     def test_rotation_angle(self, angle_deg):
         turned = rotation("x", math.radians(angle_deg))
         assert rotation_angle_deg(turned, torch.eye(3, dtype=F64)).item() == pytest.approx(angle_deg, abs=1e-6)
+
+    def test_rotation_angle_in_fp32_near_a_half_turn(self):
+        turned = rotation("x", math.radians(179.9)).float()
+        assert rotation_angle_deg(turned, torch.eye(3)).item() == pytest.approx(179.9, abs=1e-4)
+
+    def test_rounding_is_no_movement(self):
+        """A camera at rest, in fp32: directions of 1e-7 would be random angles."""
+        jitter = 1e-7 * torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+        at_rest = torch.eye(4).expand(4, 4, 4)
+        errors = relative_pose_errors(rigid(torch.eye(3).expand(4, 3, 3), jitter), at_rest)
+        assert errors.translation_deg.tolist() == [0] * 6
+
+    def test_one_frame_has_no_relative_pose(self):
+        with pytest.raises(ValueError, match="1 frames make no pair"):
+            relative_pose_errors(torch.eye(4)[None], torch.eye(4)[None])
+
+    def test_batches_are_measured_clip_by_clip(self):
+        predicted, true = (random_cameras(seed, 12).unflatten(0, (2, 6)) for seed in (21, 22))
+        errors = relative_pose_errors(predicted, true)
+        trajectory, auc = absolute_trajectory_error(predicted, true), auc_deg(errors, threshold=180)
+        for clip in range(2):
+            alone = relative_pose_errors(predicted[clip], true[clip])
+            torch.testing.assert_close(errors.rotation_deg[clip], alone.rotation_deg)
+            torch.testing.assert_close(errors.translation_deg[clip], alone.translation_deg)
+            torch.testing.assert_close(auc[clip], auc_deg(alone, threshold=180))
+            torch.testing.assert_close(trajectory[clip], absolute_trajectory_error(predicted[clip], true[clip]))
+        assert trajectory[0] != trajectory[1]
+
+    def test_a_prediction_at_rest_aligns_to_the_mean(self):
+        true = random_cameras(5, 6)
+        spread = true[:, :3, 3] - true[:, :3, 3].mean(0)
+        expected = spread.square().sum(-1).mean().sqrt().item()
+        assert absolute_trajectory_error(torch.eye(4, dtype=F64).expand(6, 4, 4), true).item() == pytest.approx(
+            expected
+        )
 
     def test_direction_angle(self):
         a = torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 0, 0], [0, 0, 0]])
@@ -274,8 +379,23 @@ class TestMetrics:
 
     def test_a_mirrored_path_is_not_aligned_by_a_reflection(self):
         points = torch.randn(20, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
-        _, turned, _ = align_similarity(points, points * torch.tensor([-1.0, 1, 1], dtype=F64))
+        mirrored = points * torch.tensor([-1.0, 1, 1], dtype=F64)
+        scale, turned, shift = align_similarity(points, mirrored)
         assert torch.linalg.det(turned).item() == pytest.approx(1)
+
+        def error(scale, turned):  # at the best translation
+            centred, goal = points - points.mean(0), mirrored - mirrored.mean(0)
+            return (scale * centred @ turned.T - goal).square().sum().item()
+
+        found = error(scale, turned)
+        assert (scale * points @ turned.T + shift - mirrored).square().sum().item() == pytest.approx(found)
+        assert found > 1
+        assert all(
+            found <= error(s * scale, turned @ rotation(a, d))
+            for s in (0.98, 1.02)
+            for a in "xyz"
+            for d in (-0.02, 0, 0.02)
+        )
 
     def test_errors_by_hand(self):
         """Two frames: the second is turned by 10 degrees too much and moves to the side instead of ahead."""
