@@ -25,7 +25,7 @@ class Prediction(NamedTuple):
     depth: Tensor | None  # [B, T, H, W], positive
     points: Tensor | None  # [B, T, 3, H, W]
     confidence: Tensor | None  # [B, T, H, W], at least 1; belongs to the points
-    cameras: Tensor | None  # [B, T, 9], see geometry.Pose9
+    cameras: Tensor | None  # [B, T, 9], see geometry.encode_pose9
 
 
 @dataclass(frozen=True)

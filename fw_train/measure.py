@@ -1,5 +1,6 @@
 """Time, memory and kept activations of a piece of work, on the CPU or a GPU."""
 
+import ctypes
 import re
 import statistics
 import time
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 class Timing(NamedTuple):
@@ -74,6 +76,14 @@ def _status_bytes(field: str) -> int:
     if found is None:
         raise OSError(f"{_STATUS} has no {field}")
     return int(found.group(1)) * 1024
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc reuse freed memory instead of returning it: page faults would otherwise hide differences on the CPU."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 class KeptTensors:

@@ -26,7 +26,7 @@ from fw_train.build import build_model, on_meta, world_params
 from fw_train.commands.arguments import add_config, read_config
 from fw_train.config import Config
 from fw_train.flops import Shape, peak_flops, sample_flops, total_flops
-from fw_train.measure import KeptTensors, alternate, peak_bytes, synchronise
+from fw_train.measure import KeptTensors, alternate, keep_freed_memory, peak_bytes, synchronise
 from fw_train.model.wan import WanDiT, WanParams
 from fw_train.model.world import FantasyWorldModel
 from fw_train.precision import PRECISIONS
@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--modes: no mode {', '.join(unknown)}; there are {', '.join(MODES)}")
     batch = random_batch(config, device, args.text_tokens)
     print(describe(config, device, batch))
+    keep_freed_memory()
     if args.against == "diffusers":
         return _against_diffusers(config, batch, device, args.repeats)
     if args.against == "whole-graph":

@@ -40,6 +40,7 @@ def extend_unrotated(table: Tensor, extra: int) -> Tensor:
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotates the channel pairs of fp32 x [B, L, heads, head_dim] by table [L, head_dim/2, 2]."""
+    # (a, b) -> (a cos - b sin, b cos + a sin), as x * (cos, cos) + swapped x * (-sin, sin): no strided halves, one copy.
     cos, sin = table.unsqueeze(1).unbind(-1)
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos.repeat_interleave(2, -1), swapped, torch.stack((-sin, sin), dim=-1).flatten(-2))

@@ -311,3 +311,16 @@ def test_shard_units_hold_every_heavy_parameter_once():
     assert len(held) == len(set(held))
     root = {name.split(".")[0] for name, p in model.named_parameters() if id(p) not in set(held)}
     assert root == {"video", "token_camera", "tokens_register", "pose_enc", "head_camera", "camera_adapters"}
+
+
+def test_the_dense_heads_read_the_taps_finest_first():
+    model = build("stage1", "t2v")
+    made, read = {}, []
+    for index, block in enumerate(model.geo_blocks):
+        block.register_forward_hook(lambda _, args, out, index=index: made.update({index: out}))
+    model.head_depth.register_forward_pre_hook(lambda _, args: read.extend(args[0]))
+    with torch.no_grad():
+        model(make_batch(model.params.wan), velocity=False)
+    assert len(read) == 4
+    for tap, block in zip(read, (3, 2, 1, 0), strict=True):
+        assert torch.equal(tap, made[block][:, :-5])
