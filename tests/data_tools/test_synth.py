@@ -180,6 +180,7 @@ def test_a_scene_that_lost_a_part_is_made_again_and_the_others_stay(raw, tmp_pat
     (out / "depth" / "synth_0_00003" / "frame_0009.npy").write_bytes(b"left over")
     (out / ".unfinished" / "synth_0_00003" / "depth").mkdir(parents=True)
     (out / "metadata.json").unlink()
+    (out / ".metadata.json.partial").write_text("[")
     assert make(out, "--scenes", 8, "--workers", 1) == 0
     assert contents(out) == contents(raw)
     assert complete.stat().st_mtime_ns == untouched
@@ -196,6 +197,12 @@ def test_a_rerun_with_other_arguments_says_what_differs(raw):
     assert contents(raw) == before
 
 
+def test_a_damaged_settings_file_is_named(tmp_path):
+    (tmp_path / "synth.json").write_text('{"scenes": 8')
+    with pytest.raises(ValueError, match=r"synth\.json is damaged .*remove .* and begin again"):
+        make(tmp_path)
+
+
 def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
     with pytest.raises(ValueError, match=r"has files in it but no synth\.json; give a new folder"):
@@ -204,9 +211,8 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
 
 
 def test_two_writers_do_not_share_a_folder(raw):
-    settings = synth._settings(parse(raw, "--scenes", 8))
     with (
-        synth._only_writer(raw, settings),
+        synth._only_writer(raw),
         pytest.raises(ValueError, match="another `fw data synth` writes to"),
     ):
         make(raw, "--scenes", 8)
