@@ -1,0 +1,373 @@
+"""What a clip is made of: the raw folder it comes from, the tar members it becomes, and the facts beside them.
+
+Raw folder, one entry of `metadata.json` (a list) for each clip:
+
+    {id, caption, fps, width, height, depth_kind[, intrinsics, frames, source, original_width, original_height]}
+    videos/<id>.mp4 | depth/<id>/frame_0000.npy [H, W] | points/<id>/frame_0000.npy [H, W, 3] | camera_params/<id>.txt
+
+Points are in the first camera's frame. Axes: T frames, H x W pixels.
+"""
+
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+import av
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fw_train.batch import DepthKind, latent_frames
+from fw_train.data.codec_format import PresetName
+from fw_train.geometry import Cameras, rigid
+
+VERSION = 1
+
+CAMERA, DEPTH, INFO, VIDEO, POINTS = "camera.npy", "depth.geo", "json", "mp4", "points.geo"
+SUFFIXES = (CAMERA, DEPTH, INFO, VIDEO, POINTS)  # sorted, as in the tar
+# Members of tars of the same names in other folders: what encoders made of the sample.
+SIDECAR_SUFFIXES = ("clip.safetensors", "image.safetensors", "latent.safetensors", "text.safetensors")
+KEY_LENGTH = 80  # with the longest suffix a name fits a plain tar header
+KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{KEY_LENGTH}}}")
+SIZE_STEP = 16  # pixels per token: the VAE's 8 times the patch's 2
+
+_FRAME_FILE = re.compile(r"frame_(\d{4,})\.npy")
+_FLOATS = tuple(np.dtype(name) for name in ("<f2", "<f4", "<f8"))
+_BUCKET = re.compile(r"([1-9]\d{0,5})x([1-9]\d{0,5})x([1-9]\d{0,5})")
+
+Record = TypeVar("Record")
+
+
+class SchemaError(ValueError):
+    """A file that is not what the schema asks for: where, what was found, and what would be right."""
+
+
+class Bucket(NamedTuple):
+    """Samples that may share a batch."""
+
+    height: int
+    width: int
+    frames: int
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}x{self.frames}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Bucket":
+        match = _BUCKET.fullmatch(text)
+        if not match:
+            raise SchemaError(f"{text!r} is no bucket; buckets are named height x width x frames, as 336x592x81")
+        return cls(*map(int, match.groups()))
+
+    def check(self) -> None:
+        """Refuses what the network cannot take."""
+        if self.height % SIZE_STEP or self.width % SIZE_STEP:
+            near = [max(1, side // SIZE_STEP) * SIZE_STEP for side in (self.height, self.width)]
+            raise SchemaError(
+                f"{self.height}x{self.width} pixels (height x width) are not multiples of {SIZE_STEP}; "
+                f"crop or resize video and labels to {near[0]}x{near[1]}"
+            )
+        try:
+            latent_frames(self.frames)
+        except ValueError as error:
+            raise SchemaError(f"{error} (`--frames` cuts clips to their first frames)") from None
+
+
+@dataclass(frozen=True)
+class RawClip:
+    """An entry of `metadata.json`."""
+
+    id: str
+    caption: str
+    fps: float
+    width: int
+    height: int
+    depth_kind: DepthKind
+    intrinsics: tuple[float, ...] | None = None  # fx, fy, cx, cy as fractions, for camera files without them
+    frames: int | None = None
+    source: str = ""
+    original_width: int | None = None  # of the frames that the fractions refer to, where these were cropped from them
+    original_height: int | None = None
+
+    @property
+    def original_size(self) -> tuple[int, int] | None:
+        if self.original_height is None or self.original_width is None:
+            return None
+        return self.original_height, self.original_width
+
+
+@dataclass(frozen=True)
+class LabelInfo:
+    """How a label array was encoded; the error was measured by decoding it again."""
+
+    codec: str
+    preset: PresetName
+    max_rel_error: float
+    raw_bytes: int
+    encoded_bytes: int
+    lossless_frames: int
+    valid_fraction: float
+
+
+@dataclass(frozen=True)
+class SampleInfo:
+    """The sample's `json` member. The video may go on after the first `frames` frames, which alone have labels."""
+
+    schema: int
+    key: str
+    caption: str
+    fps: float
+    height: int
+    width: int
+    frames: int
+    video_frames: int
+    depth_kind: DepthKind
+    scene_scale: float  # mean distance of the valid points to the first camera
+    source: str
+    depth: LabelInfo
+    points: LabelInfo
+
+    @property
+    def bucket(self) -> Bucket:
+        return Bucket(self.height, self.width, self.frames)
+
+
+class VideoFacts(NamedTuple):
+    """What decoding a video gave; sizes as displayed, so with its rotation applied."""
+
+    frames: int
+    height: int
+    width: int
+
+
+def read_json(text: str | bytes, where: str) -> Any:
+    """JSON as the standard has it: no duplicate names, no NaN, no infinity."""
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        document: dict[str, Any] = {}
+        for name, value in items:
+            if name in document:
+                raise SchemaError(f"{where}: {name!r:.40} is given twice in one object")
+            document[name] = value
+        return document
+
+    def constant(name: str) -> None:
+        raise SchemaError(f"{where}: {name} is not JSON; write null or leave the entry out")
+
+    try:
+        return json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
+    except SchemaError:
+        raise
+    except RecursionError:
+        raise SchemaError(f"{where}: nested too deeply") from None
+    except ValueError as error:
+        raise SchemaError(f"{where} is not JSON: {error}") from None
+
+
+def read_record(kind: type[Record], document: object, where: str) -> Record:
+    """The dataclass of an object that has exactly its fields (those with a default may be missing), of their types."""
+    if not isinstance(document, dict):
+        raise SchemaError(f"{where}: an object is needed, not {document!r:.80}")
+    types = get_type_hints(kind)
+    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
+    missing = [name for name in known if name not in document and name not in kind.__dict__]
+    unknown = [name for name in document if name not in known]
+    if missing or unknown:
+        raise SchemaError(
+            f"{where}: "
+            + " and ".join([f"no {name}" for name in missing] + [f"an unknown {name!r:.40}" for name in unknown])
+            + f"; the fields are {', '.join(known)}"
+        )
+    values = {name: _value(types[name], value, f"{where}, {name}") for name, value in document.items()}
+    return kind(**values)
+
+
+def read_clip(document: object, where: str) -> RawClip:
+    """A metadata entry, checked; names that the schema does not know are left aside."""
+    if isinstance(document, dict):
+        document = {name: value for name, value in document.items() if name in RawClip.__dataclass_fields__}
+    clip = read_record(RawClip, document, where)
+    if not KEY.fullmatch(clip.id):
+        raise SchemaError(
+            f"{where}: the id {clip.id!r:.100} cannot name tar members; use 1 to {KEY_LENGTH} letters, digits, - and _"
+        )
+    if not (clip.fps > 0 and clip.width > 0 and clip.height > 0 and (clip.frames is None or clip.frames > 0)):
+        raise SchemaError(
+            f"{where}: fps {clip.fps}, size {clip.width}x{clip.height}, frames {clip.frames}: not positive"
+        )
+    if clip.intrinsics is not None and len(clip.intrinsics) != 4:
+        raise SchemaError(f"{where}: intrinsics {list(clip.intrinsics)} are not [fx, fy, cx, cy]")
+    sides = clip.original_width, clip.original_height
+    if (sides[0] is None) != (sides[1] is None) or any(side is not None and side < 1 for side in sides):
+        raise SchemaError(f"{where}: original_width and original_height {list(sides)}; give both, in pixels, or none")
+    return clip
+
+
+def metadata_path(raw: Path) -> Path:
+    return raw / "metadata.json"
+
+
+def video_path(raw: Path, clip_id: str) -> Path:
+    return raw / "videos" / f"{clip_id}.mp4"
+
+
+def label_folder(raw: Path, kind: str, clip_id: str) -> Path:
+    return raw / kind / clip_id
+
+
+def camera_path(raw: Path, clip_id: str) -> Path:
+    return raw / "camera_params" / f"{clip_id}.txt"
+
+
+def read_metadata(raw: Path) -> list[Any]:
+    """The entries of the folder's `metadata.json`, not yet checked one by one."""
+    path = metadata_path(raw)
+    if not path.is_file():
+        raise SchemaError(f"no {path}; a raw folder has metadata.json beside videos, depth, points and camera_params")
+    entries = read_json(path.read_bytes(), str(path))
+    if not isinstance(entries, list) or not entries:
+        raise SchemaError(f"{path} holds no clips; it is a list of objects, one for each clip")
+    return entries
+
+
+def count_frames(folder: Path) -> int:
+    """How many `frame_0000.npy, frame_0001.npy, ...` a folder holds, without gaps."""
+    if not folder.is_dir():
+        raise SchemaError(f"no folder {folder}")
+    numbers = sorted(int(match[1]) for path in folder.iterdir() if (match := _FRAME_FILE.fullmatch(path.name)))
+    gap = next((want for want, found in enumerate(numbers) if want != found), None)
+    if gap is not None:
+        raise SchemaError(f"{folder} has no frame_{gap:04}.npy but has later frames")
+    return len(numbers)
+
+
+def read_labels(folder: Path, frames: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """The first frames of a label folder, float32 [T, *shape]; values beyond float32 become infinite."""
+    labels = np.empty((frames, *shape), np.float32)
+    for t in range(frames):
+        path = folder / f"frame_{t:04}.npy"
+        array = parse_npy(path.read_bytes(), str(path))
+        if array.shape != shape or array.dtype not in _FLOATS:
+            raise SchemaError(f"{path} is {array.dtype} {list(array.shape)}; float16, 32 or 64 {list(shape)} is needed")
+        with np.errstate(over="ignore"):
+            labels[t] = array
+    return labels
+
+
+def parse_npy(data: bytes, where: str) -> NDArray[Any]:
+    """The array of an npy file; pickles are refused, and so is a header that declares another size than the file's."""
+    file = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(file)
+        readers: Mapping[tuple[int, int], Callable[..., tuple[tuple[int, ...], bool, np.dtype[Any]]]] = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }
+        if version not in readers:
+            raise ValueError(f"version {version} is unknown")
+        shape, column_major, dtype = readers[version](file)
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise SchemaError(f"{where} is no npy file: {error}") from None
+    if dtype.hasobject:
+        raise SchemaError(f"{where} holds pickled objects, which are not read; save plain numbers")
+    needed = math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or needed != len(data) - file.tell():
+        raise SchemaError(f"{where} declares {needed} bytes of {dtype} {list(shape)} and has {len(data) - file.tell()}")
+    return np.frombuffer(data, dtype, math.prod(shape), file.tell()).reshape(shape, order="F" if column_major else "C")
+
+
+def camera_bytes(cameras: Cameras) -> bytes:
+    """The `camera.npy` member: float64 [T, 16], the row-major 3x4 of cam_from_world, then fx, fy, cx, cy as fractions."""
+    table = torch.cat((cameras.cam_from_world[:, :3].flatten(1), cameras.intrinsics_frac), dim=1)
+    file = io.BytesIO()
+    np.lib.format.write_array(file, table.numpy().astype("<f8"), version=(1, 0), allow_pickle=False)
+    return file.getvalue()
+
+
+def parse_cameras(data: bytes, frames: int, where: str) -> Cameras:
+    """Undoes `camera_bytes`."""
+    table = parse_npy(data, where)
+    if table.shape != (frames, 16) or table.dtype != np.dtype("<f8") or not np.isfinite(table).all():
+        raise SchemaError(f"{where} is {table.dtype} {list(table.shape)}; finite float64 {[frames, 16]} is needed")
+    numbers = torch.from_numpy(table.copy())
+    pose = numbers[:, :12].unflatten(1, (3, 4))
+    return Cameras(rigid(pose[..., :3], pose[..., 3]), numbers[:, 12:].clone())
+
+
+def info_bytes(info: SampleInfo) -> bytes:
+    """The `json` member."""
+    return json.dumps(asdict(info), ensure_ascii=False, sort_keys=True, allow_nan=False).encode()
+
+
+def parse_info(data: bytes, where: str) -> SampleInfo:
+    """Undoes `info_bytes`, with every value checked."""
+    document = read_json(data, where)
+    found = document.get("schema") if isinstance(document, dict) else None
+    if found != VERSION:
+        raise SchemaError(f"{where}: schema {found!r:.40} is unknown to this reader, which knows {VERSION}")
+    info = read_record(SampleInfo, document, where)
+    if not (KEY.fullmatch(info.key) and info.fps > 0 and info.scene_scale > 0 and info.video_frames >= info.frames > 0):
+        raise SchemaError(
+            f"{where}: key {info.key!r:.100}, fps {info.fps}, scene scale {info.scene_scale}, {info.frames} frames of a video "
+            f"of {info.video_frames}: out of range"
+        )
+    return info
+
+
+def video_facts(data: bytes, where: str, most_frames: int) -> VideoFacts:
+    """Decodes a whole mp4, at most one frame more than `most_frames`."""
+    frames, size = 0, (0, 0)
+    try:
+        # The format is named, because others refer to further files.
+        with av.open(io.BytesIO(data), mode="r", format="mp4") as container:
+            if not container.streams.video:
+                raise SchemaError(f"{where} has no video stream")
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            stream.codec_context.options = {"err_detect": "explode"}
+            for frame in container.decode(stream):
+                turned = frame.rotation % 180 == 90
+                size = (frame.width, frame.height) if turned else (frame.height, frame.width)
+                frames += 1
+                if frames > most_frames:
+                    break
+    except av.error.FFmpegError as error:
+        raise SchemaError(f"{where} cannot be decoded after {frames} frames: {error}") from None
+    return VideoFacts(frames, *size)
+
+
+def _value(kind: Any, value: Any, where: str) -> Any:
+    """`value` as the annotated type of a field."""
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise SchemaError(f"{where}: {value!r:.40} is not one of {', '.join(get_args(kind))}")
+        return value
+    if isinstance(kind, type) and hasattr(kind, "__dataclass_fields__"):
+        return read_record(kind, value, where)
+    optional = type(None) in getattr(kind, "__args__", ())
+    kind = next(part for part in kind.__args__ if part is not type(None)) if optional else kind
+    if value is None and optional:
+        return None
+    if kind == tuple[float, ...]:
+        if not isinstance(value, list):
+            raise SchemaError(f"{where}: a list of numbers is needed, not {value!r:.80}")
+        return tuple(_value(float, item, where) for item in value)
+    # A bool is an int to Python, and an int may stand for a float.
+    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+        wanted = {int: "a whole number", float: "a number", str: "a string"}[kind]
+        raise SchemaError(f"{where}: {wanted} is needed, not {value!r:.80}")
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, which JSON's escapes can express
+            raise SchemaError(f"{where}: {value!r:.80} is no text") from None
+    if kind is float:
+        value = float(value) if abs(value) < 1e300 else math.inf
+        if not math.isfinite(value):
+            raise SchemaError(f"{where}: the number is out of range")
+    return value
