@@ -144,7 +144,12 @@ def test_a_wrong_start_is_refused_before_anything_is_allocated(stages, tmp_path)
         assert counted.elements < 1000, "nothing large may be allocated for weights that do not fit"
 
 
-def test_stage_1_takes_no_weights_of_a_stage(stages):
-    _, result, _ = stages
-    with pytest.raises(CheckpointError, match="these are the trained weights of stage1; the base is a Wan checkpoint"):
-        load_model(demo(f"weights.base={result}"), "cpu")
+def test_stage_1_takes_no_weights_of_a_later_stage(stages, tmp_path):
+    base, result, _ = stages
+    stage2 = tmp_path / "stage2.safetensors"
+    train_nothing(demo("train.stage=stage2", f"weights.base={base}", f"weights.init_from={result}"), stage2)
+    for path, stage in ((result, "stage1"), (stage2, "stage2")):
+        with pytest.raises(
+            CheckpointError, match=f"these are the trained weights of {stage}; the base is a Wan checkpoint"
+        ):
+            load_model(demo(f"weights.base={path}"), "cpu")

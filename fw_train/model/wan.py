@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from fw_train.batch import LATENT_CHANNELS, Batch
+from fw_train.batch import LATENT_CHANNELS, SPATIAL_STRIDE, Batch
 from fw_train.model.attention import attend
 from fw_train.model.layers import Fp32Linear, LayerNorm, RMSNorm, add_gated, norm_modulate
 from fw_train.model.rope import rope_table, rotate
@@ -268,6 +268,12 @@ class WanDiT(nn.Module):
     def embed(self, batch: Batch) -> VideoStream:
         """Tokens and contexts of a batch; an input that the variant lacks is an error that names it."""
         params, inputs = self.params, self.params.inputs
+        rows, columns = batch.latents.shape[-2:]
+        if rows % PATCH or columns % PATCH:  # the patch convolution would drop the last row or column without a word
+            raise ValueError(
+                f"latents of {rows}x{columns} cannot be cut into patches of {PATCH}x{PATCH}; use videos whose height and width "
+                f"are divisible by {SPATIAL_STRIDE * PATCH}"
+            )
         channels = [batch.latents]
         if inputs.control_latents:
             channels.append(self._required("control_latents", batch.control_latents))

@@ -80,6 +80,13 @@ def test_the_reference_image_is_attended_and_not_returned():
     assert not torch.allclose(base, changed)
 
 
+@pytest.mark.parametrize("size", [(40, 48), (48, 40)])
+def test_latents_that_do_not_fit_the_patches_are_an_error(size):
+    wan = tiny_wan("t2v", layers=1)
+    with pytest.raises(ValueError, match="divisible by 16"):
+        WanDiT(wan)(make_batch(wan, height=size[0], width=size[1]))
+
+
 def test_two_clip_images_are_told_apart_by_the_position_embedding():
     wan = tiny_wan("i2v", layers=1, image_position=True)
     model = WanDiT(wan)
