@@ -6,14 +6,28 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import fw_train
 
-# Command -> (module with `add_arguments(parser)` and `run(args) -> int`, what it does). Modules load only when called.
-COMMANDS = {
-    "params": ("fw_train.commands.params", "count the network's parameters and what trains in the stage"),
-    "parity": ("fw_train.commands.parity", "compare a module with stored reference activations"),
-    "bench": ("fw_train.commands.bench", "measure speed, memory and FLOPs"),
+
+class Command(NamedTuple):
+    module: str  # with `add_arguments(parser)`, `run(args) -> int`, and a docstring that is its help
+    help: str
+
+
+class Group(NamedTuple):
+    help: str
+    commands: dict[str, Command]
+
+
+COMMANDS: dict[str, Command | Group] = {
+    "params": Command("fw_train.commands.params", "count the network's parameters and what trains in the stage"),
+    "parity": Command("fw_train.commands.parity", "compare a module with stored reference activations"),
+    "bench": Group(
+        "measure speed, memory and FLOPs",
+        {"model": Command("fw_train.commands.bench_model", "the network: forward, backward, peak memory, MFU")},
+    ),
 }
 
 
@@ -21,17 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="fw", description="Train FantasyWorld-style models.")
     parser.add_argument("--version", action="version", version=f"fw_train {fw_train.__version__}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    # Only the command that is asked for is imported: `fw --help` stays instant.
-    for name, (module, help_text) in COMMANDS.items():
-        subparser = subparsers.add_parser(
-            name, help=help_text, description=help_text, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-        if arguments[:1] == [name]:
-            command = importlib.import_module(module)
-            subparser.description = command.__doc__
-            command.add_arguments(subparser)
-            subparser.set_defaults(run=command.run)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, entry in COMMANDS.items():
+        if isinstance(entry, Group):
+            group = subparsers.add_parser(name, help=entry.help, description=entry.help)
+            inner = group.add_subparsers(metavar="WHAT", required=True)
+            for inner_name, command in entry.commands.items():
+                _add(inner, [name, inner_name], command, arguments)
+        else:
+            _add(subparsers, [name], entry, arguments)
     args, rest = parser.parse_known_args(arguments)
     # argparse takes `section.key=value` only right behind CONFIG; behind an option they land here.
     strays = [text for text in rest if text.startswith("-") or "=" not in text or not hasattr(args, "overrides")]
@@ -45,11 +57,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:
+        print(f"{args.name}: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
         if os.environ.get("FW_TRACEBACK"):
             raise
-        print(f"fw {args.command}: {error}", file=sys.stderr)
+        print(f"{args.name}: {error}", file=sys.stderr)
         return 1
+
+
+def _add(
+    subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    words: list[str],
+    command: Command,
+    arguments: list[str],
+) -> None:
+    """Only the command that is asked for is imported: `fw --help` stays instant."""
+    parser = subparsers.add_parser(
+        words[-1],
+        help=command.help,
+        description=command.help,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if arguments[: len(words)] == words:
+        module = importlib.import_module(command.module)
+        parser.description = module.__doc__
+        module.add_arguments(parser)
+        parser.set_defaults(run=module.run, name=" ".join(["fw", *words]))
 
 
 if __name__ == "__main__":
