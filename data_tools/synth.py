@@ -70,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
         if there:
             print(f"{len(there)} of {settings.scenes} scenes are there", file=sys.stderr)
         missing = [index for index in range(settings.scenes) if index not in there]
+        if missing:
+            (args.out / METADATA_NAME).unlink(missing_ok=True)  # it would list scenes that are not there
         try:
             records = _make_all(args.out, settings, missing, args.workers)
         except KeyboardInterrupt:

@@ -172,7 +172,8 @@ def test_captions_name_what_can_be_seen_and_only_that():
         text = caption(scene, FRAMES, FPS, *SIZE)
         assert text == caption(scene, FRAMES, FPS, *SIZE)
         assert text[0].isupper()
-        assert text.endswith(f"{scene.place}, {describe_path(scene.path)}.") or " the " in text
+        assert f" {scene.place}, " in text
+        assert text.endswith(f", {describe_path(scene.path)}.")
         seen = set()
         for frame, view in enumerate(views(scene, FRAMES, FPS, *SIZE)):
             surfaces = surfaces_at(scene, frame / (FRAMES - 1), frame / FPS)

@@ -245,15 +245,18 @@ def test_one_frame_is_a_clip(tmp_path):
 
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    real, made = synth.write_scene, []
+    out = tmp_path / "raw"
+    assert make(out, "--scenes", 4, "--workers", 1) == 0
+    for index in (1, 2, 3):
+        (out / "camera_params" / f"synth_0_{index:05d}.txt").unlink()
+    real = synth.write_scene
 
     def interrupted(out, settings, index):
-        if len(made) == 2:
+        if index == 2:
             raise KeyboardInterrupt
-        made.append(index)
         real(out, settings, index)
 
     monkeypatch.setattr(synth, "write_scene", interrupted)
-    assert make(tmp_path / "raw", "--scenes", 4, "--workers", 1) == 130
+    assert make(out, "--scenes", 4, "--workers", 1) == 130
     assert "stopped: 2 of 4 scenes; the same command goes on from there" in capsys.readouterr().err
-    assert not (tmp_path / "raw" / "metadata.json").exists()
+    assert not (out / "metadata.json").exists()
