@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -42,7 +43,16 @@ from fw_train.data.manifest import (
     write_dataset_files,
 )
 from fw_train.data.schema import Bucket, RawClip, SchemaError
-from fw_train.data.shards import TEMPORARY, ShardError, new_file, shard_path, sort_key, write_file, write_tar
+from fw_train.data.shards import (
+    TEMPORARY,
+    ConcurrentWriter,
+    ShardError,
+    new_file,
+    shard_path,
+    sort_key,
+    write_file,
+    write_tar,
+)
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +67,8 @@ class ShardPlan(NamedTuple):
 
     def fingerprint(self) -> str:
         """Changes with the metadata of any of its clips."""
-        text = json.dumps([schema.VERSION, str(self.bucket), [asdict(clip) for clip in self.clips], self.rejects])
+        clips, left_out = [asdict(clip) for clip in self.clips], [reject.id for reject in self.rejects]
+        text = json.dumps([schema.VERSION, str(self.bucket), clips, left_out])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -216,8 +227,7 @@ def finish(out: Path, plans: list[ShardPlan], settings: Settings, must: bool) ->
         index = read_index(out, plan.name)
         check_plan(out, plan, settings, index.header)
         indexes.append(index)
-    write_dataset_files(out, dataset_files(indexes))
-    shutil.rmtree(out / TEMPORARY, ignore_errors=True)
+    join_shards(out, indexes)
     rejects = [reject for index in indexes for reject in index.rejects]
     totals = sum((index.header.totals for index in indexes), Totals())
     log.info(f"{totals.samples} samples in {len(plans)} shards, {len(rejects)} clips rejected: {out}")
@@ -229,6 +239,20 @@ def finish(out: Path, plans: list[ShardPlan], settings: Settings, must: bool) ->
         log.error(f"{out} holds no samples, since every clip was rejected")
         return 1
     return 0
+
+
+def join_shards(out: Path, indexes: list[ShardIndex]) -> None:
+    """Writes table, rejects and manifest and clears away; tasks that end together may do so at once, with the same bytes."""
+    files = dataset_files(indexes)
+    for attempt in range(10):
+        try:
+            write_dataset_files(out, files)
+            break
+        except (ConcurrentWriter, FileNotFoundError):  # another task cleared the temporary folder away
+            if attempt == 9:
+                raise
+            time.sleep(0.1)
+    shutil.rmtree(out / TEMPORARY, ignore_errors=True)
 
 
 def parse_task(text: str) -> Task:

@@ -13,7 +13,8 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
@@ -173,9 +174,8 @@ def read_record(kind: type[Record], document: object, where: str) -> Record:
     """The dataclass of an object that has exactly its fields (those with a default may be missing), of their types."""
     if not isinstance(document, dict):
         raise SchemaError(f"{where}: an object is needed, not {document!r:.80}")
-    types = get_type_hints(kind)
-    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
-    missing = [name for name in known if name not in document and name not in kind.__dict__]
+    known, required = _fields(kind)  # type: ignore[arg-type]
+    missing = [name for name in required if name not in document]
     unknown = [name for name in document if name not in known]
     if missing or unknown:
         raise SchemaError(
@@ -183,7 +183,7 @@ def read_record(kind: type[Record], document: object, where: str) -> Record:
             + " and ".join([f"no {name}" for name in missing] + [f"an unknown {name!r:.40}" for name in unknown])
             + f"; the fields are {', '.join(known)}"
         )
-    values = {name: _value(types[name], value, f"{where}, {name}") for name, value in document.items()}
+    values = {name: _value(known[name], value, f"{where}, {name}") for name, value in document.items()}
     return kind(**values)
 
 
@@ -341,8 +341,18 @@ def video_facts(data: bytes, where: str, most_frames: int) -> VideoFacts:
     return VideoFacts(frames, *size)
 
 
+@cache
+def _fields(kind: type[Any]) -> tuple[dict[str, Any], list[str]]:
+    """Types of a dataclass's fields, and the names of those without a default."""
+    types = get_type_hints(kind)
+    known = {field.name: types[field.name] for field in fields(kind)}
+    return known, [field.name for field in fields(kind) if field.default is MISSING]
+
+
 def _value(kind: Any, value: Any, where: str) -> Any:
     """`value` as the annotated type of a field."""
+    if type(value) is kind and (kind is int or (kind is float and math.isfinite(value))):  # a manifest has 100,000s
+        return value
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
             raise SchemaError(f"{where}: {value!r:.40} is not one of {', '.join(get_args(kind))}")

@@ -39,6 +39,10 @@ class ShardError(ValueError):
     """A shard that cannot be trusted; the message names file, key and member."""
 
 
+class ConcurrentWriter(ShardError):
+    """Somebody else writes the same file."""
+
+
 class Member(NamedTuple):
     """Where the bytes of a file lie in a tar; `crc32` is of these bytes."""
 
@@ -212,22 +216,26 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
     for leftover in temporary.glob(f"{path.name}.*"):
         leftover.unlink(missing_ok=True)
     partial = temporary / f"{path.name}.{secrets.token_hex(4)}"
-    try:
-        with open(partial, "xb") as file:
+    with open(partial, "xb") as file:
+        try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        try:
-            os.rename(partial, path)
-        except FileNotFoundError:
-            raise ShardError(f"{partial} went while it was written; another process is writing {path}") from None
-    finally:
-        partial.unlink(missing_ok=True)
+            _rename(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _rename(partial: Path, path: Path) -> None:
+    try:
+        os.rename(partial, path)
+    except FileNotFoundError:
+        raise ConcurrentWriter(f"{partial} went while it was written; another process is writing {path}") from None
 
 
 def write_file(path: Path, data: bytes) -> None:

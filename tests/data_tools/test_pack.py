@@ -388,6 +388,19 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
     assert contents(out) == contents(tmp_path / "whole")
 
 
+def test_tasks_that_end_together_all_write_the_manifest(tmp_path):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    make_raw(raw, clips=2)
+    assert run_pack(raw, out) == 0
+    whole = contents(out)
+    for _ in range(5):
+        for name in ("manifest.jsonl", "samples.bin", "rejects.jsonl"):
+            (out / name).unlink()
+        children = [packing_child(raw, out, ["--manifest-only"]) for _ in range(4)]
+        assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
+        assert contents(out) == whole
+
+
 @pytest.mark.slow
 def test_twenty_kills_of_a_run_with_workers(tmp_path):
     raw, out = tmp_path / "raw", tmp_path / "out"
