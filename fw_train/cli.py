@@ -24,6 +24,15 @@ class Group(NamedTuple):
 COMMANDS: dict[str, Command | Group] = {
     "params": Command("fw_train.commands.params", "count the network's parameters and what trains in the stage"),
     "parity": Command("fw_train.commands.parity", "compare a module with stored reference activations"),
+    "data": Group(
+        "make, pack and check training data",
+        {
+            "synth": Command("data_tools.synth", "make synthetic scenes with exact depth, points and cameras"),
+            "pack": Command("data_tools.pack", "pack a raw folder into WebDataset tars"),
+            "verify": Command("data_tools.verify", "check every byte of a packed dataset"),
+            "info": Command("data_tools.info", "describe a packed dataset"),
+        },
+    ),
     "bench": Group(
         "measure speed, memory and FLOPs",
         {"model": Command("fw_train.commands.bench_model", "the network: forward, backward, peak memory, MFU")},
