@@ -3,6 +3,7 @@
 Axes: T frames, H x W pixels.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -129,18 +130,20 @@ def measured_error(kind: Kind, labels: Float, valid: Mask, data: bytes) -> float
     """
     header, worst = read_header(data), 0.0
     for t in range(header.frames):
-        decoded, decoded_valid = (decode_depth if kind == "depth" else decode_points)(data, [t])
-        seen = valid[t]
-        if not np.array_equal(decoded_valid[0], seen):
+        values, mask = (decode_depth if kind == "depth" else decode_points)(data, [t])
+        decoded, truth, seen = values[0], labels[t], valid[t]
+        if not np.array_equal(mask[0], seen):
             raise SchemaError(f"{kind}, frame {t}: the mask of valid pixels changed in the codec")
-        truth, found = labels[t][seen].astype(np.float64), decoded[0][seen].astype(np.float64)
         if header.table["mode"][t] == LOSSLESS:
-            if not np.array_equal(truth, found):
+            if not np.array_equal(decoded[seen], truth[seen]):
                 raise SchemaError(f"{kind}, frame {t}: values changed in the lossless codec")
-        elif len(truth):
-            off, distance = found - truth, truth
-            if kind == "points":
-                centre = header.table["parameters"][t][11:].astype(np.float64)
-                off, distance = np.linalg.norm(off, axis=-1), np.linalg.norm(truth - centre, axis=-1)
-            worst = max(worst, float(np.max(np.abs(off) / np.maximum(distance, 1e-30))))
-    return worst
+            continue
+        if not seen.all():  # pixels without a value are 0 once decoded
+            truth = np.where(seen if kind == "depth" else seen[..., None], truth, np.float32(0))
+        if kind == "depth":
+            squared, distance_squared = (decoded - truth) ** 2, truth**2
+        else:
+            off, ray = decoded - truth, truth - header.table["parameters"][t][11:]
+            squared, distance_squared = (np.einsum("hwc,hwc->hw", v, v) for v in (off, ray))
+        worst = max(worst, float(np.max(squared / np.maximum(distance_squared, np.float32(1e-30)))))
+    return math.sqrt(worst)

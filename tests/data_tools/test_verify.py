@@ -129,6 +129,18 @@ def test_a_flipped_bit_is_named_with_key_and_member(out):
                 flip(out / f"{shard}.tar", 8 * (member.offset - 512))
 
 
+def test_a_shard_without_index_is_checked_by_the_manifest(out):
+    member = read_index(out, "shard-000000").samples[0].members[1]
+    (out / "shard-000000.index.jsonl").unlink()
+    flip(out / "shard-000000.tar", 8 * (member.offset + member.size - 1))
+    flip(out / "samples.bin", 8)
+    assert {problem.file for problem in problems(out)} == {
+        "shard-000000.index.jsonl",
+        "shard-000000.tar",
+        "samples.bin",
+    }
+
+
 def test_a_flipped_bit_of_the_table_is_named_with_its_key(out):
     flip(out / "samples.bin", 8 * (168 + 100))
     (found,) = problems(out)
@@ -229,12 +241,31 @@ def test_a_tar_that_is_not_the_one_of_its_index_is_named(out):
         assert {problem.file for problem in problems(out, fast)} == {"shard-000000.tar"}
 
 
+def test_a_tar_with_other_names_than_its_index_is_named(out):
+    dataset = Dataset(out)
+    tar = io.BytesIO()
+    write_tar(tar, [("clip_1", dataset.read(1)), ("clip_7", dataset.read(2))])
+    (out / "shard-000001.tar").write_bytes(tar.getvalue())
+    found = problems(out, fast=True)
+    assert found == [("shard-000001.tar", "clip_2", "camera.npy", "the tar and its index disagree about it")]
+
+
 def test_sums_that_are_not_those_of_the_samples_are_named(out):
     first, *rest = unseal((out / "shard-000000.index.jsonl").read_bytes(), "index")
     first["totals"]["depth"]["raw_bytes"] += 1
     (out / "shard-000000.index.jsonl").write_bytes(seal([first, *rest]))
     found = problems(out, fast=True)
     assert ("shard-000000.index.jsonl", "its sums are not those of the samples") in [(p.file, p.what) for p in found]
+
+
+def test_a_hash_that_is_not_the_tars_is_named(out):
+    index = read_index(out, "shard-000000")
+    header = index.header.__class__(**{**vars(index.header), "tar_sha256": "0" * 64})
+    index_path(out, "shard-000000").write_bytes(index_bytes(index._replace(header=header)))
+    write_dataset_files(out, dataset_files([read_index(out, f"shard-00000{i}") for i in range(2)]))
+    (found,) = problems(out)
+    assert found.file == "shard-000000.tar"
+    assert f"instead of {'0' * 64}" in found.what
 
 
 def test_shards_that_the_manifest_does_not_list_are_named(out):
