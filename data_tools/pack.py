@@ -42,7 +42,7 @@ from fw_train.data.manifest import (
     read_index,
     write_dataset_files,
 )
-from fw_train.data.schema import Bucket, RawClip, SchemaError
+from fw_train.data.schema import Bucket, RawClip
 from fw_train.data.shards import (
     TEMPORARY,
     ConcurrentWriter,
@@ -53,6 +53,7 @@ from fw_train.data.shards import (
     write_file,
     write_tar,
 )
+from fw_train.data.strict_json import SchemaError
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,8 @@ from fw_train.data import schema
 from fw_train.data.codec import Encoded, decode_depth, decode_points, encode_depth, encode_points, read_header
 from fw_train.data.codec_format import LOSSLESS, Kind, PresetName
 from fw_train.data.manifest import LabelTotals, Totals
-from fw_train.data.schema import Bucket, LabelInfo, RawClip, SampleInfo, SchemaError
+from fw_train.data.schema import Bucket, LabelInfo, RawClip, SampleInfo
+from fw_train.data.strict_json import SchemaError
 from fw_train.geometry import Cameras, intrinsics_px, scene_scale
 
 Float = NDArray[np.float32]

@@ -41,8 +41,9 @@ from fw_train.data.manifest import (
     read_index,
     read_manifest,
 )
-from fw_train.data.schema import CAMERA, INFO, VIDEO, Bucket, SampleInfo, SchemaError
+from fw_train.data.schema import CAMERA, INFO, VIDEO, Bucket, SampleInfo
 from fw_train.data.shards import Entry, IndexedSample, Member, ShardError, scan_tar, shard_path
+from fw_train.data.strict_json import SchemaError
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,8 @@ import torch
 from raw_clips import write_video
 
 from fw_train.data import schema
-from fw_train.data.schema import Bucket, LabelInfo, SampleInfo, SchemaError
+from fw_train.data.schema import Bucket, LabelInfo, SampleInfo
+from fw_train.data.strict_json import SchemaError, read_json
 from fw_train.geometry import Cameras
 
 ENTRY = {"id": "a", "caption": "text", "fps": 16, "width": 48, "height": 32, "depth_kind": "metric"}
@@ -68,7 +69,7 @@ def test_entries_that_are_refused(entry, message):
 )
 def test_json_that_is_refused(text, message):
     with pytest.raises(SchemaError, match=message):
-        schema.read_json(text, "file")
+        read_json(text, "file")
 
 
 def test_buckets():
