@@ -219,8 +219,8 @@ def finish(out: Path, plans: list[ShardPlan], settings: Settings, must: bool) ->
     missing = [plan.name for plan in plans if not index_path(out, plan.name).is_file()]
     if missing:
         log.info(
-            f"{len(plans) - len(missing)} of {len(plans)} shards are finished; {', '.join(missing[:5])}"
-            f"{', ...' if len(missing) > 5 else ''} are not. The task that finishes the last one writes the manifest."
+            f"{len(plans) - len(missing)} of {len(plans)} shards are finished, without {', '.join(missing[:5])}"
+            f"{', ...' if len(missing) > 5 else ''}; the task that finishes the last one writes the manifest"
         )
         return 1 if must else 0
     indexes = []
