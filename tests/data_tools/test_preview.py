@@ -1,4 +1,5 @@
 import argparse
+import zlib
 
 import av
 import numpy as np
@@ -72,6 +73,18 @@ def test_the_sheet_is_a_png_with_four_rows_of_three_panels_and_the_path(packed, 
     assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
 
 
+def test_the_chunks_of_a_png_have_their_check_sums():
+    data = sheet.png_bytes(np.zeros((2, 3, 3), np.uint8))
+    kinds, at = [], 8
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 4])
+        body, check = data[at + 4 : at + 8 + size], data[at + 8 + size : at + 12 + size]
+        assert zlib.crc32(body) == int.from_bytes(check)
+        kinds.append(body[:4])
+        at += size + 12
+    assert kinds == [b"IHDR", b"IDAT", b"IEND"]
+
+
 def test_the_same_sample_gives_the_same_bytes_and_others_give_others(packed, tmp_path):
     for name, key in (("a", "clip_1"), ("b", "clip_1"), ("c", "clip_2")):
         assert run(preview, packed, key, "--png", tmp_path / name) == 0
@@ -129,12 +142,18 @@ def test_a_video_that_is_displayed_upright_is_drawn_upright(packed):
     dataset = Dataset(packed)
     data = dataset.read(1, ["mp4"])["mp4"]
     upright = preview.video_pictures(data, (0,), "clip")
-    # A turn by 180 degrees in the display matrix of the track header: a, b, u, c, d, v, x, y, w.
-    straight = np.array([1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30], ">i4").tobytes()
-    turned = np.array([-1 << 16, 0, 0, 0, -1 << 16, 0, WIDTH << 16, HEIGHT << 16, 1 << 30], ">i4").tobytes()
-    at = data.index(straight, data.index(b"tkhd"))
-    found = preview.video_pictures(data[:at] + turned + data[at + len(turned) :], (0,), "clip")
-    np.testing.assert_array_equal(found, upright[:, ::-1, ::-1])
+    one, end = 1 << 16, 1 << 30
+
+    def turned(*matrix):
+        """The first frame with another display matrix in the track header: a, b, u, c, d, v, x, y, w."""
+        straight, other = (np.array(m, ">i4").tobytes() for m in ((one, 0, 0, 0, one, 0, 0, 0, end), matrix))
+        at = data.index(straight, data.index(b"tkhd"))
+        return preview.video_pictures(data[:at] + other + data[at + len(other) :], (0,), "clip")[0]
+
+    upside_down = turned(-one, 0, 0, 0, -one, 0, WIDTH * one, HEIGHT * one, end)
+    np.testing.assert_array_equal(upside_down, upright[0, ::-1, ::-1])
+    clockwise = turned(0, one, 0, -one, 0, 0, HEIGHT * one, 0, end)
+    np.testing.assert_array_equal(clockwise, upright[0, ::-1].swapaxes(0, 1))
 
 
 def test_near_is_bright_and_depth_is_told_apart_in_order():
@@ -151,10 +170,12 @@ def test_near_is_bright_and_depth_is_told_apart_in_order():
 
 def test_one_scale_serves_all_frames_of_a_clip(packed):
     drawn = preview.read_preview(Dataset(packed), 1, 4)
-    depth, valid = drawn.depth, drawn.depth_valid
-    inverse = np.percentile(1 / depth, (2, 98))
-    assert sheet.depth_scale(depth, valid) == pytest.approx(tuple(inverse), rel=1e-5)
-    assert sheet.depth_scale(depth[:1], valid[:1]) != pytest.approx(tuple(inverse), rel=1e-2)
+    depth = np.ones_like(drawn.depth) * np.arange(1, 6, dtype=np.float32)[:, None, None]
+    picture = preview.draw(drawn._replace(depth=depth))
+    for distance in depth[list(drawn.chosen), 0, 0]:
+        colour = sheet.heat_colours((1 / distance - 1 / 5) / (1 - 1 / 5))
+        pixels = (picture == colour).all(axis=-1).sum()
+        assert pixels >= HEIGHT * WIDTH * (sheet.NARROW // WIDTH) ** 2, f"no panel has the colour of {distance} m"
 
 
 def test_depth_without_range_and_without_valid_pixels():
