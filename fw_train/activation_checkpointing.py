@@ -5,7 +5,7 @@ attention, which cost the most to compute and the least to keep; `none` keeps ev
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,12 +26,20 @@ def apply_activation_checkpointing(units: Sequence[ShardUnit], mode: Mode) -> No
         raise ValueError(f"no activation checkpointing mode `{mode}`; there are {', '.join(MODES)}")
     if mode == "none":
         return
-    options: dict[str, Any] = {"use_reentrant": False}
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in the network is random
     if mode == "selective":
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
     for unit in units:
         # The instance attribute hides the class's forward, so that __call__ and its hooks run around the recomputed part.
-        unit.module.forward = functools.partial(checkpoint, unit.module.forward, **options)
+        unit.module.forward = _recomputed(unit.module.forward, options)
+
+
+def _recomputed(forward: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    # A function of its own and no functools.partial, which torch.compile would skip with everything inside it.
+    def recompute(*args: Any) -> Any:
+        return checkpoint(forward, *args, **options)
+
+    return recompute
 
 
 def _keep_attention(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

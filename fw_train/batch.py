@@ -72,6 +72,10 @@ class Batch:
 
     def drop_text(self, dropped: Tensor, empty_text: Tensor) -> Self:
         """Replaces the text of the samples that `dropped` [B] names by the embedding of the empty prompt, [L, 4096]."""
+        if empty_text.shape != self.text.shape[1:]:
+            raise ValueError(
+                f"the empty prompt is {tuple(empty_text.shape)}, the texts are {tuple(self.text.shape[1:])}"
+            )
         return replace(self, text=torch.where(dropped[:, None, None], empty_text.to(self.text), self.text))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:

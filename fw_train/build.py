@@ -11,6 +11,7 @@ from torch import nn
 from fw_train.base_hash import base_hash
 from fw_train.checkpoint_files import TensorInfo
 from fw_train.config import Config
+from fw_train.model.attention import choose_kernel
 from fw_train.model.heads import DenseHeadParams
 from fw_train.model.wan import WanParams
 from fw_train.model.world import FantasyWorldModel, WorldParams
@@ -104,6 +105,7 @@ def initialise(model: nn.Module, device: torch.device | str, seed: int) -> None:
 
     Each module draws from its own generator, seeded by its name: the same weights on every rank, whatever else was loaded.
     """
+    choose_kernel(torch.device(device))
     devices = [torch.device(device)] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices):
         for name, module in model.named_modules():

@@ -31,6 +31,7 @@ COMMANDS: dict[str, Command | Group] = {
             "pack": Command("data_tools.pack", "pack a raw folder into WebDataset tars"),
             "verify": Command("data_tools.verify", "check every byte of a packed dataset"),
             "info": Command("data_tools.info", "describe a packed dataset"),
+            "preview": Command("data_tools.preview", "draw a sample of a packed dataset as a PNG"),
         },
     ),
     "bench": Group(

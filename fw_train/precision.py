@@ -31,7 +31,8 @@ class Island(NamedTuple):
     why: str
 
 
-# Everything else in the network computes in Precision.compute.
+# Everything else in the network computes in Precision.compute. Outside modules, these are fp32 as well: timesteps, rotary tables
+# and the rotation, shift, scale and gate of every sub-block, the activations of the dense heads, all losses.
 FP32_ISLANDS = (
     Island(r"video\.time_embedding(\..*)?", "bf16 tells apart 294 of the 1000 shifted timesteps"),
     Island(r"video\.time_projection(\..*)?", "scales and shifts of every block follow from it"),
@@ -41,7 +42,7 @@ FP32_ISLANDS = (
 )
 
 
-class PrecisionError(TypeError):
+class PrecisionError(ValueError):
     """Tensors on another dtype than the table says."""
 
 

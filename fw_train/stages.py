@@ -8,7 +8,9 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +126,15 @@ def count_rules(model: nn.Module, rules: Sequence[Rule]) -> list[RuleCount]:
 
 
 def gate_magnitudes(model: nn.Module) -> dict[str, float]:
-    """The mean size of every zero-initialised gate: how far the branches have opened to each other."""
-    gates = {name: p for name, p in model.named_parameters() if re.fullmatch(f"{FRAME_GATES}|{CROSS_GATES}", name)}
-    return {name: gate.detach().float().abs().mean().item() for name, gate in gates.items()}
+    """The mean size of every zero-initialised gate: how far the branches have opened to each other.
+
+    Where the engine has sharded the parameters, all ranks must call it together.
+    """
+    gates = {
+        name: p.detach() for name, p in model.named_parameters() if re.fullmatch(f"{FRAME_GATES}|{CROSS_GATES}", name)
+    }
+    if not gates:
+        return {}
+    whole = [gate.full_tensor() if isinstance(gate, DTensor) else gate for gate in gates.values()]
+    means = torch.stack([gate.float().abs().mean() for gate in whole])
+    return dict(zip(gates, means.tolist(), strict=True))

@@ -99,3 +99,23 @@ def test_the_rotary_tables_are_arguments_of_every_checkpointed_block(monkeypatch
 def test_an_unknown_mode_is_an_error():
     with pytest.raises(ValueError, match="there are none, selective, full"):
         apply_activation_checkpointing([], "partial")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_torch_compile_sees_through_recomputation(mode):
+    """A wrapper that the compiler skips would leave everything inside it uncompiled, without a word."""
+    import torch._dynamo.utils
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = build_model(tiny_params("t2v"), torch.float32)
+    block = next(unit for unit in model.shard_units() if unit.name == "geo_blocks.0")
+    batch = make_batch(model.params.wan)
+    model(batch, velocity=False).depth.mean().backward()
+    expected = model.geo_blocks[0].self_attn.q.weight.grad.clone()
+    model.zero_grad()
+    apply_activation_checkpointing([block], mode)
+    block.module.compile(backend="aot_eager", fullgraph=True)
+    model(batch, velocity=False).depth.mean().backward()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(model.geo_blocks[0].self_attn.q.weight.grad, expected, atol=1e-6, rtol=1e-4)

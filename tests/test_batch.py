@@ -50,3 +50,9 @@ def test_moving_casts_inputs_and_leaves_labels_and_poses():
     assert {moved.timestep.dtype, moved.pose9.dtype, moved.depth.dtype} == {torch.float32}
     assert moved.valid.dtype == torch.bool
     assert moved.keys == ("a",)
+
+
+def test_an_empty_prompt_of_another_length_is_an_error_and_not_stretched():
+    batch = make_batch(tiny_wan(), size=2)
+    with pytest.raises(ValueError, match=r"the empty prompt is \(1, 32\), the texts are \(7, 32\)"):
+        batch.drop_text(torch.tensor([True, False]), torch.zeros(1, 32))

@@ -61,6 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     config = read_config(args)
     device = torch.device(args.device)
+    if args.repeats < 1:
+        raise ValueError(f"--repeats must be at least 1, got {args.repeats}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no CUDA device here; leave the option out")
     modes = (args.modes or config.train.activation_checkpointing).split(",")
     unknown = set(modes) - set(MODES)
     if unknown:
@@ -104,7 +108,7 @@ def random_batch(config: Config, device: torch.device, text_tokens: int) -> Batc
         latents=random(16, latent, *space),
         text=random(text_tokens, m.text_dim),
         timestep=torch.rand(size, generator=generator) * 1000,
-        clip=random(CLIP_TOKENS, m.clip_dim) if inputs.clip else None,
+        clip=random(clip_tokens(config), m.clip_dim) if inputs.clip else None,
         image_latents=random(inputs.image_channels, latent, *space) if inputs.image_channels else None,
         control_latents=random(16, latent, *space) if inputs.control_latents else None,
         reference_latents=random(16, *space) if m.reference_conv else None,
@@ -112,6 +116,11 @@ def random_batch(config: Config, device: torch.device, text_tokens: int) -> Batc
         pose9=random(frames, 9),
     )
     return batch.to(device, PRECISIONS[config.train.precision].params)
+
+
+def clip_tokens(config: Config) -> int:
+    """Two images where the network tells them apart by their position."""
+    return CLIP_TOKENS * (2 if config.model.image_position else 1)
 
 
 def loss(outputs: list[Tensor]) -> Tensor:
@@ -137,17 +146,17 @@ def _build(config: Config, device: torch.device) -> FantasyWorldModel:
 def _modes(config: Config, batch: Batch, device: torch.device, repeats: int, modes: list[str], compiled: bool) -> int:
     stage, samples = config.train.stage, config.train.micro_batch
     height, width = config.data.sizes_px[0]
-    shape = Shape(config.data.frames, height, width, batch.text.shape[1], CLIP_TOKENS)
+    shape = Shape(config.data.frames, height, width, batch.text.shape[1], clip_tokens(config))
     parts = sample_flops(world_params(config), shape, stage, velocity=stage != "stage1")
     by_hand, counted = total_flops(parts) * samples, counted_flops(config, batch)
     print(
-        f"model FLOPs of the step: {by_hand / 1e12:.3f} T by formula, {counted / 1e12:.3f} T counted on the meta device"
+        f"model FLOPs of the step: {by_hand / 1e12:.4g} T by formula, {counted / 1e12:.4g} T counted on the meta device"
     )
     for part in parts:
-        print(f"  {part.name:<24}{part.forward / 1e12:>12.3f} T forward{part.backward / 1e12:>12.3f} T backward")
+        print(f"  {part.name:<24}{part.forward / 1e9:>12.3f} G forward{part.backward / 1e9:>12.3f} G backward")
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
-    print(f"\n{'checkpointing':<16}{'forward':>18}{'whole step':>18}{'peak memory':>14}{'TFLOP/s':>10}{'MFU':>8}")
+    print(f"\n{'checkpointing':<16}{'forward':>18}{'whole step':>18}{'above weights':>16}{'TFLOP/s':>10}{'MFU':>8}")
     for mode in modes:
         model = _build(config, device)
         apply_activation_checkpointing(model.shard_units(), mode)  # type: ignore[arg-type]
@@ -155,14 +164,20 @@ def _modes(config: Config, batch: Batch, device: torch.device, repeats: int, mod
             for unit in model.shard_units():
                 unit.module.compile()
         subject = world_subject(model, batch, stage)
-        subject.step()
-        timing = alternate({"forward": lambda s=subject: s.forward(), "step": subject.step}, repeats, device)  # type: ignore[misc]
-        memory = peak_bytes(subject.step, device)
+        try:
+            subject.step()
+            timing = alternate({"forward": subject.forward, "step": subject.step}, repeats, device)
+            memory = peak_bytes(subject.step, device)
+        except torch.OutOfMemoryError:
+            print(f"{mode:<16}{'out of memory':>18}", flush=True)
+            del model, subject
+            torch.cuda.empty_cache()
+            continue
         rate = by_hand / timing["step"].median_s
         share = f"{rate / peak:.1%}" if peak else "-"
-        size = f"{memory / 2**30:.2f} GiB" if memory is not None else "unknown"
+        size = f"{memory / 2**20:,.0f} MiB" if memory is not None else "unknown"
         print(
-            f"{mode:<16}{timing['forward']!s:>18}{timing['step']!s:>18}{size:>14}{rate / 1e12:>10.2f}{share:>8}",
+            f"{mode:<16}{timing['forward']!s:>18}{timing['step']!s:>18}{size:>16}{rate / 1e12:>10.2f}{share:>8}",
             flush=True,
         )
         del model, subject

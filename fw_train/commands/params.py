@@ -23,7 +23,7 @@ class Published(NamedTuple):
     note: str
 
 
-# What the guides to this architecture state for the 1.3B model.
+# What the guides to this architecture state for the 1.3B camera-control model.
 PUBLISHED = {
     "video": Published(1616, ""),
     "latent_bridge": Published(5, "two layers of width 1536 with a 4x feed-forward, as published, have 57 M"),
@@ -31,7 +31,7 @@ PUBLISHED = {
         900, "18 copied blocks with image cross-attention and pose adapters 963 M, frame attention 170 M more"
     ),
     "heads": Published(50, "depth and point head; the camera head is beside it"),
-    "pose_enc": Published(1, "9 -> 1536 -> 1536"),
+    "pose_enc": Published(1, "its second layer alone, 1536 -> 1536, has 2.4 M"),
     "tokens": Published(0.01, ""),
     "camera_adapters": Published(30, ""),
     "irg_cross_attns": Published(200, "width 1152, six projections in each of 18 modules"),
@@ -40,7 +40,7 @@ PUBLISHED = {
     ),
     "trainable, stage 2": Published(1186, "the same"),
 }
-PUBLISHED_DIM, PUBLISHED_LAYERS = 1536, 30
+PUBLISHED_FOR = ("camera", 1536, 30)
 
 PARTS = {
     "video": ("video",),
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     stage = config.train.stage
     m = config.model
     rules = stage_rules(stage, config.train.gate_lr_scale)
-    known = (m.dim, m.layers) == (PUBLISHED_DIM, PUBLISHED_LAYERS)
+    known = (m.variant, m.dim, m.layers) == PUBLISHED_FOR
     rows = part_rows(model, stage)
     total = sum(row.parameters for row in rows)
     trainable = sum(row.trainable for row in rows)

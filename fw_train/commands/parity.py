@@ -158,6 +158,7 @@ def _run_wan(fixture: Fixture, dtype: torch.dtype, device: str) -> dict[str, Ten
     if missing:
         raise ValueError(f"the fixture lacks {', '.join(missing)}")
     fields: dict[str, Any] = {WAN_INPUTS[name]: tensor for name, tensor in fixture.inputs.items()}
+    fields["timestep"] = fields["timestep"].float()
     batch = Batch(**fields).to(device, dtype)
 
     stream = model.embed(batch)

@@ -65,4 +65,4 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor
 
 def add_gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     """x + gate * y in fp32, in the dtype of x."""
-    return torch.addcmul(x.float(), gate.float(), y.float()).to(x.dtype)
+    return torch.addcmul(x, gate.float(), y).to(x.dtype)

@@ -40,6 +40,8 @@ def extend_unrotated(table: Tensor, extra: int) -> Tensor:
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotates the channel pairs of fp32 x [B, L, heads, head_dim] by table [L, head_dim/2, 2]."""
+    if table.dtype != torch.float32:  # an engine that casts inputs would do this silently
+        raise TypeError(f"rotary tables must be float32, got {table.dtype}")
     # (a, b) -> (a cos - b sin, b cos + a sin), as x * (cos, cos) + swapped x * (-sin, sin): no strided halves, one copy.
     cos, sin = table.unsqueeze(1).unbind(-1)
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)

@@ -139,6 +139,8 @@ class WanBlock(nn.Module):
 
     def time_modulation(self, time: Tensor) -> tuple[Tensor, ...]:
         """Shift, scale and gate of the self-attention, then of the feed-forward; each fp32 [B, 1, D]."""
+        if time.dtype != torch.float32:  # an engine that casts inputs would do this silently
+            raise TypeError(f"the time modulation must be float32, got {time.dtype}")
         return (self.modulation.float() + time).chunk(6, dim=1)
 
     def attend_self(self, x: Tensor, modulation: tuple[Tensor, ...], rope: Tensor) -> Tensor:
@@ -274,6 +276,7 @@ class WanDiT(nn.Module):
                 f"latents of {rows}x{columns} cannot be cut into patches of {PATCH}x{PATCH}; use videos whose height and width "
                 f"are divisible by {SPATIAL_STRIDE * PATCH}"
             )
+        self._check_sizes(batch)
         channels = [batch.latents]
         if inputs.control_latents:
             channels.append(self._required("control_latents", batch.control_latents))
@@ -317,6 +320,27 @@ class WanDiT(nn.Module):
             "b (f h w) (p q c) -> b c f (h p) (w q)",
             f=frames, h=height, w=width, p=PATCH, q=PATCH,
         ).float()  # fmt: skip
+
+    def _check_sizes(self, batch: Batch) -> None:
+        """Sizes that PyTorch would stretch to fit without a word."""
+        size, _, frames, rows, columns = batch.latents.shape
+        for name in (
+            "text",
+            "timestep",
+            "clip",
+            "image_latents",
+            "control_latents",
+            "reference_latents",
+            "control_camera",
+        ):
+            value = getattr(batch, name)
+            if value is not None and value.shape[0] != size:
+                raise ValueError(f"`{name}` has {value.shape[0]} samples, the latents have {size}")
+        maps, wanted = batch.control_camera, (frames, rows * SPATIAL_STRIDE, columns * SPATIAL_STRIDE)
+        if maps is not None and tuple(maps.shape[2:]) != wanted:
+            raise ValueError(
+                f"`control_camera` is {tuple(maps.shape[2:])} in frames, height and width; the latents need {wanted}"
+            )
 
     def _required(self, name: str, value: Tensor | None, channels: int | None = None) -> Tensor:
         if value is None:

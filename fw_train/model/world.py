@@ -84,15 +84,22 @@ class FantasyWorldModel(nn.Module):
 
     def forward(self, batch: Batch, *, velocity: bool = True, geometry: bool = True) -> Prediction:
         """Noisy latents and conditions to what is asked for; without interaction neither branch costs the other anything."""
+        if not (geometry or velocity):
+            raise ValueError("neither velocity nor geometry is asked for")
+        self._check(batch)
         if not (geometry or self.params.interaction):
             return Prediction(self.video(batch), None, None, None, None)
         pose = self._pose(batch)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._prefix_learns(batch)):
             stream = self._run_prefix(self.video.embed(batch), pose)
-        return self._run_branches(stream, pose, velocity)
+        return self._run_branches(stream, pose, velocity, geometry)
 
     def shard_units(self) -> list[ShardUnit]:
-        """The heavy parts in the order in which forward runs them; what is not in them stays with the root."""
+        """The heavy parts, branch by branch; what is not in them stays with the root.
+
+        For engines: inputs must not be cast on the way in (rotary tables and time modulation are fp32), and `video` itself is
+        never called as a module, so it is no unit.
+        """
         lists = {
             "video.blocks": self.video.blocks,
             "latent_bridge.layers": self.latent_bridge.layers,
@@ -112,6 +119,14 @@ class FantasyWorldModel(nn.Module):
             or any(parameter.requires_grad for parameter in self.video.parameters())
         )
 
+    def _check(self, batch: Batch) -> None:
+        """Sizes that PyTorch would stretch to fit without a word."""
+        size = batch.latents.shape[0]
+        for name in ("pose9", "camera_on"):
+            value = getattr(batch, name)
+            if value is not None and value.shape[0] != size:
+                raise ValueError(f"`{name}` has {value.shape[0]} samples, the latents have {size}")
+
     def _pose(self, batch: Batch) -> Pose:
         dtype, (size, _, frames) = self.token_camera.dtype, batch.latents.shape[:3]
         if batch.pose9 is None:
@@ -121,7 +136,9 @@ class FantasyWorldModel(nn.Module):
             raise ValueError(f"pose9 has {batch.pose9.shape[1]} frames, the latents stand for {batch.pixel_frames}")
         feature = self.pose_enc(batch.pose9).to(dtype)
         on = feature.new_ones(size) if batch.camera_on is None else batch.camera_on.to(dtype)
-        return Pose(feature, on[:, None, None])
+        on = on[:, None, None]
+        # Multiplying would let a NaN of a dropped camera through.
+        return Pose(torch.where(on > 0, feature, 0), on)
 
     def _run_prefix(self, stream: VideoStream, pose: Pose) -> VideoStream:
         """The blocks before the split; with interaction the camera shifts the video tokens in front of each."""
@@ -137,7 +154,7 @@ class FantasyWorldModel(nn.Module):
             stream = self.video.run_block(index, stream)
         return self.video.velocity(stream)
 
-    def _run_branches(self, stream: VideoStream, pose: Pose, velocity: bool) -> Prediction:
+    def _run_branches(self, stream: VideoStream, pose: Pose, velocity: bool, geometry: bool) -> Prediction:
         params, grid = self.params, stream.grid
         frames, per_frame = grid[0], grid[1] * grid[2]
         special = 1 + params.register_tokens
@@ -166,6 +183,8 @@ class FantasyWorldModel(nn.Module):
         predicted_velocity = None
         if velocity:
             predicted_velocity = self.video.velocity(stream) if params.interaction else self._run_suffix(stream)
+        if not geometry:  # the branch steered the video, its heads are not wanted
+            return Prediction(predicted_velocity, None, None, None, None)
         points, confidence = points_from_raw(self.head_point(taps, grid))
         frame_tokens = taps[0].unflatten(1, (frames, per_frame)).mean(dim=2)
         return Prediction(

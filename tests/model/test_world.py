@@ -324,3 +324,56 @@ def test_the_dense_heads_read_the_taps_finest_first():
     assert len(read) == 4
     for tap, block in zip(read, (3, 2, 1, 0), strict=True):
         assert torch.equal(tap, made[block][:, :-5])
+
+
+def test_a_nan_in_a_dropped_camera_stays_out():
+    model = build("stage2", "t2v", opened=True)
+    batch = make_batch(model.params.wan, size=2)
+    broken = replace(batch, pose9=batch.pose9.clone())
+    broken.pose9[0] = torch.nan
+    with torch.no_grad():
+        prediction = model(broken.drop_camera(torch.tensor([True, False])))
+    assert all(value.isfinite().all() for value in prediction)
+
+
+def test_stage_2_runs_no_head_that_is_not_asked_for():
+    model = build("stage2", "t2v", opened=True)
+    batch = make_batch(model.params.wan)
+    with torch.no_grad():
+        both, alone = model(batch), model(batch, geometry=False)
+        assert alone[1:] == (None, None, None, None)
+        assert torch.equal(alone.velocity, both.velocity)
+        assert model(batch, velocity=False).velocity is None
+    with pytest.raises(ValueError, match="neither velocity nor geometry"):
+        model(batch, velocity=False, geometry=False)
+
+
+@pytest.mark.parametrize("field", ["text", "timestep", "clip", "image_latents", "control_camera", "pose9", "camera_on"])
+def test_an_input_of_another_batch_size_is_an_error_and_not_stretched(field):
+    model = build("stage1", "camera")
+    batch = make_batch(model.params.wan, size=2).drop_camera(torch.tensor([False, False]))
+    with pytest.raises(ValueError, match=f"`{field}` has 1 samples, the latents have 2"):
+        model(replace(batch, **{field: getattr(batch, field)[:1]}))
+
+
+def test_camera_maps_of_another_size_are_an_error_and_not_stretched():
+    model = build("stage1", "camera")
+    batch = make_batch(model.params.wan)
+    for maps in (batch.control_camera[:, :, :1], batch.control_camera[..., :16, :16]):
+        with pytest.raises(ValueError, match=r"the latents need \(2, 32, 48\)"):
+            model(replace(batch, control_camera=maps))
+
+
+def test_tables_and_modulation_reach_every_block_in_fp32():
+    model = build("stage2", "t2v", dtype=torch.bfloat16)
+    seen = []
+    for block in [*model.video.blocks, *model.geo_blocks]:
+        block.register_forward_pre_hook(lambda _, args: seen.append({args[3].dtype, args[4].dtype}))
+    batch = make_batch(model.params.wan, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model(batch)
+    assert seen == [{torch.float32}] * 10
+    stream = model.video.embed(batch)
+    for cast in ({"rope": stream.rope.bfloat16()}, {"modulation": stream.modulation.bfloat16()}):
+        with pytest.raises(TypeError, match="must be float32"):
+            model.video.run_block(0, stream._replace(**cast))
