@@ -70,7 +70,9 @@ class WanParams:
         return self.dim // self.heads
 
 
-class SelfAttention(nn.Module):
+class AttentionWeights(nn.Module):
+    """What attention to the video and attention to the text have in common: projections, and norms of queries and keys."""
+
     def __init__(self, dim: int, heads: int, eps: float) -> None:
         super().__init__()
         self.heads = heads
@@ -81,6 +83,8 @@ class SelfAttention(nn.Module):
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
 
+
+class SelfAttention(AttentionWeights):
     def forward(self, x: Tensor, rope: Tensor) -> Tensor:
         """x [B, L, D], rope [L, D/heads/2, 2]."""
         q = rotate(split_heads(self.norm_q(self.q(x)), self.heads), rope).to(x.dtype)
@@ -88,18 +92,11 @@ class SelfAttention(nn.Module):
         return self.o(attend(q, k, split_heads(self.v(x), self.heads)).flatten(2))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(AttentionWeights):
     """Attention to the text, plus attention of the same queries to the CLIP image tokens where the variant has them."""
 
     def __init__(self, dim: int, heads: int, eps: float, image: bool) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
-        self.o = nn.Linear(dim, dim)
-        self.norm_q = RMSNorm(dim, eps)
-        self.norm_k = RMSNorm(dim, eps)
+        super().__init__(dim, heads, eps)
         if image:
             self.k_img = nn.Linear(dim, dim)
             self.v_img = nn.Linear(dim, dim)
