@@ -207,7 +207,7 @@ def _against_whole_graph(config: Config, batch: Batch, device: torch.device, rep
         return [x for x in whole(tracked) if x is not None]
 
     subjects = {"ours": world_subject(ours, batch, "stage1"), "whole graph": Subject(whole, everything)}
-    return _compare(subjects, device, repeats, config)
+    return _compare(subjects, device, repeats)
 
 
 def _against_diffusers(config: Config, batch: Batch, device: torch.device, repeats: int) -> int:
@@ -233,9 +233,8 @@ def _against_diffusers(config: Config, batch: Batch, device: torch.device, repea
     with torch.no_grad():
         a, b = ours(batch), forward()[0].float()
     print(f"largest difference of the outputs: {(a - b).abs().max():.2e}, of values up to {b.abs().max():.2f}")
-    return _compare(
-        {"ours": Subject(ours, lambda: [ours(batch)]), "diffusers": Subject(theirs, forward)}, device, repeats, config
-    )
+    subjects = {"ours": Subject(ours, lambda: [ours(batch)]), "diffusers": Subject(theirs, forward)}
+    return _compare(subjects, device, repeats)
 
 
 def diffusers_twin(ours: WanDiT, clip_dim: int) -> nn.Module:
@@ -267,7 +266,7 @@ def diffusers_twin(ours: WanDiT, clip_dim: int) -> nn.Module:
     return twin
 
 
-def _compare(subjects: dict[str, Subject], device: torch.device, repeats: int, config: Config) -> int:
+def _compare(subjects: dict[str, Subject], device: torch.device, repeats: int) -> int:
     work = {name: subject.step for name, subject in subjects.items()}
     forwards: dict[str, Callable[[], object]] = {name: subject.forward for name, subject in subjects.items()}
     forward = alternate(forwards, repeats, device)
