@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,6 +26,7 @@ import torch
 
 from data_tools.pack_sample import pack_sample, sample_totals
 from data_tools.work import Progress, add_workers, run_parallel
+from fw_train.atomic_files import ConcurrentWriter, clear_partial, new_file, write_file
 from fw_train.data import schema
 from fw_train.data.codec_format import PRESET_NAMES
 from fw_train.data.manifest import (
@@ -44,13 +44,9 @@ from fw_train.data.manifest import (
 )
 from fw_train.data.schema import Bucket, RawClip
 from fw_train.data.shards import (
-    TEMPORARY,
-    ConcurrentWriter,
     ShardError,
-    new_file,
     shard_path,
     sort_key,
-    write_file,
     write_tar,
 )
 from fw_train.data.strict_json import SchemaError
@@ -249,11 +245,11 @@ def join_shards(out: Path, indexes: list[ShardIndex]) -> None:
         try:
             write_dataset_files(out, files)
             break
-        except (ConcurrentWriter, FileNotFoundError):  # another task cleared the temporary folder away
+        except (ConcurrentWriter, FileNotFoundError):  # another task replaced the file, or cleared its part of it away
             if attempt == 9:
                 raise
             time.sleep(0.1)
-    shutil.rmtree(out / TEMPORARY, ignore_errors=True)
+    clear_partial(out, "*")
 
 
 def parse_task(text: str) -> Task:

@@ -9,8 +9,6 @@ camera; grey checks mark pixels without a label. The path is seen from above, wi
 import argparse
 import difflib
 import io
-import os
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools import contact_sheet as sheet
+from fw_train.atomic_files import write_file
 from fw_train.data.codec import decode_depth, decode_points
 from fw_train.data.manifest import Dataset, map_rows
 from fw_train.data.schema import CAMERA, DEPTH, INFO, POINTS, VIDEO, SampleInfo, parse_cameras, parse_info
@@ -61,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         dataset.close()
     path = args.png or Path(f"{preview.info.key}.png")
-    _replace(path, sheet.png_bytes(draw(preview)))
+    write_file(path, sheet.png_bytes(draw(preview)))
     print(path)
     return 0
 
@@ -208,13 +207,3 @@ def _count(text: str) -> int:
     if count < 1:
         raise argparse.ArgumentTypeError(f"{count} is not at least 1")
     return count
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Writes a file that is complete or absent."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -20,6 +20,8 @@ from fw_train.geometry import Cameras, invert_rigid, relative_to_first
 
 UNFINISHED_NAME = ".unfinished"  # folder of scenes in the making
 CRF = "12"  # H.264 quality, visually lossless
+# Without it x264 gives other bytes from run to run on processors with AVX-512.
+REPEATABLE = {"x264-params": "cpu-independent=1"}
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def _parts(scene_id: str) -> tuple[str, str, str, str]:
 def _video_writer(path: Path, fps: int, height: int, width: int) -> Iterator[Callable[[NDArray[np.uint8]], None]]:
     """Takes pictures [H, W, 3] one by one; the same pictures give the same bytes."""
     with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": CRF, "preset": "medium"})
+        stream = container.add_stream("libx264", rate=fps, options={"crf": CRF, "preset": "medium", **REPEATABLE})
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.thread_count = 1
 

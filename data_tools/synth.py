@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from data_tools.scene_files import UNFINISHED_NAME, Settings, is_finished, metadata_record, write_scene
+from fw_train.atomic_files import clear_partial, write_file
 
 SETTINGS_NAME, METADATA_NAME = "synth.json", "metadata.json"
 SMALLEST = 16  # pixels a side
@@ -129,7 +130,8 @@ def _agree_on_settings(out: Path, settings: Settings) -> None:
     path = out / SETTINGS_NAME
     wanted = json.loads(json.dumps(asdict(settings)))
     if not path.exists():
-        if any(entry != _partial(path) for entry in out.iterdir()):
+        clear_partial(out, SETTINGS_NAME)
+        if any(out.iterdir()):
             raise ValueError(f"{out} has files in it but no {SETTINGS_NAME}; give a new folder")
         _write_json(path, wanted)
         return
@@ -218,9 +220,4 @@ class _Progress:
 
 def _write_json(path: Path, value: Any) -> None:
     """Writes in one step: the file is complete or absent."""
-    _partial(path).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(_partial(path), path)
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
+    write_file(path, (json.dumps(value, indent=1) + "\n").encode())

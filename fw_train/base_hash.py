@@ -4,12 +4,12 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fw_train.atomic_files import write_file
 from fw_train.checkpoint_files import CheckpointReader, open_checkpoint
 from fw_train.weights import map_names
 
@@ -69,9 +69,7 @@ def _remember(path: Path, place: str, entry: dict[str, Any]) -> None:
     cache = {"format": CACHE_FORMAT, "hashes": {**_read_cache(path), place: entry}}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-            json.dump(cache, file, indent=1)
-        os.replace(file.name, path)
+        write_file(path, json.dumps(cache, indent=1).encode())
     except OSError as error:
         log.warning("the base hash of %s is not kept, %s is not writable: %s", place, path, error)
 

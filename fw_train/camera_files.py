@@ -7,14 +7,13 @@ One leading line that is a URL is skipped. Rows belong to frames by their order,
 """
 
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fw_train.atomic_files import write_file
 from fw_train.geometry import Cameras, rigid
 
 FULL, POSE_ONLY = 19, 12
@@ -69,17 +68,7 @@ def write_cameras(path: str | Path, cameras: Cameras) -> None:
     for index, (pose, intrinsics) in enumerate(zip(cameras.cam_from_world, cameras.intrinsics_frac, strict=True)):
         values = [*intrinsics.tolist(), 0.0, 0.0, *pose[:3].flatten().tolist()]
         rows.append(" ".join([str(index), *(f"{value:.17g}" for value in values)]))
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write("\n".join(rows) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_file(path, ("\n".join(rows) + "\n").encode())
 
 
 def _row(path: Path, number: int, words: list[str]) -> list[float]:

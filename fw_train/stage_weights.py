@@ -3,7 +3,6 @@
 The next stage and inference read it. Stage 0's carries the original Wan names, so that it serves as a base checkpoint.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fw_train.atomic_files import sync
 from fw_train.checkpoint_files import CheckpointError, CheckpointReader, TensorInfo, listing, open_checkpoint
 from fw_train.weights import assign_parameter
 
@@ -54,13 +54,13 @@ def write_stage_weights(path: str | Path, tensors: Mapping[str, Tensor], info: S
     try:
         save_file(stored, staged, metadata)
         staged.chmod(0o644)  # it comes with 0600, and colleagues are to read it
-        _sync(staged)
+        sync(staged)
         staged.replace(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path} could not be written ({error}) and is as it was before") from None
     finally:
         staged.unlink(missing_ok=True)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def read_stage_info(path: str | Path) -> StageInfo:
@@ -163,12 +163,3 @@ def _misfits(found: Mapping[str, TensorInfo], expected: Mapping[str, tuple[tuple
         ],
     }
     return [f"{what}: {listing(entries)}" for what, entries in lists.items() if entries]
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,9 +22,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fw_train.atomic_files import write_file
 from fw_train.data.codec_format import PresetName
 from fw_train.data.schema import KEY_LENGTH, SUFFIXES, VERSION, Bucket
-from fw_train.data.shards import SHARD_NAME, IndexedSample, Member, ShardError, ShardFiles, sort_key, write_file
+from fw_train.data.shards import SHARD_NAME, IndexedSample, Member, ShardError, ShardFiles, sort_key
 from fw_train.data.strict_json import SchemaError, read_json, read_record
 
 MANIFEST, ROWS, REJECTS, INDEX_SUFFIX = "manifest.jsonl", "samples.bin", "rejects.jsonl", ".index.jsonl"

@@ -1,4 +1,4 @@
-"""Shards: plain tars that are read by position and never extracted, and files that are complete or absent.
+"""Shards: plain tars that are read by position and never extracted.
 
 A tar holds regular files alone, `<key>.<suffix>` in ascending order, in USTAR headers that follow from name and size; so
 the same samples give the same bytes, and `webdataset` reads them. Anything else in a tar is refused with its name.
@@ -7,12 +7,10 @@ the same samples give the same bytes, and `webdataset` reads them. Anything else
 import hashlib
 import os
 import re
-import secrets
 import tarfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -22,7 +20,6 @@ BLOCK = 512
 END = bytes(2 * BLOCK)
 MAX_MEMBER = (1 << 32) - 1  # bytes
 SHARD_NAME = re.compile(r"shard-\d{6}")
-TEMPORARY = ".tmp"  # folder within the dataset
 MAX_OPEN = 64  # shards that a reader keeps open
 
 _KINDS = {
@@ -37,10 +34,6 @@ _KINDS = {
 
 class ShardError(ValueError):
     """A shard that cannot be trusted; the message names file, key and member."""
-
-
-class ConcurrentWriter(ShardError):
-    """Somebody else writes the same file."""
 
 
 class Member(NamedTuple):
@@ -206,44 +199,6 @@ class ShardFiles:
 
     def __setstate__(self, folder: Path) -> None:
         self.__init__(folder)  # type: ignore[misc]
-
-
-@contextmanager
-def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes its name once it is complete and on disk; leftovers of killed writers of this name go."""
-    temporary = path.parent / TEMPORARY
-    temporary.mkdir(exist_ok=True)
-    for leftover in temporary.glob(f"{path.name}.*"):
-        leftover.unlink(missing_ok=True)
-    partial = temporary / f"{path.name}.{secrets.token_hex(4)}"
-    with open(partial, "xb") as file:
-        try:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            _rename(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _rename(partial: Path, path: Path) -> None:
-    try:
-        os.rename(partial, path)
-    except FileNotFoundError:
-        raise ConcurrentWriter(f"{partial} went while it was written; another process is writing {path}") from None
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Replaces a file in one step, unless it holds these bytes already."""
-    if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
-        return
-    with new_file(path) as file:
-        file.write(data)
 
 
 def _read_header(path: Path, block: bytes, position: int) -> tuple[str, int]:

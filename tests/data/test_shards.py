@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fw_train.atomic_files import write_file
 from fw_train.data.manifest import (
     ROW,
     Dataset,
@@ -32,11 +33,9 @@ from fw_train.data.shards import (
     ShardError,
     ShardFiles,
     header_block,
-    new_file,
     scan_tar,
     shard_path,
     sort_key,
-    write_file,
     write_tar,
 )
 
@@ -233,31 +232,6 @@ def test_few_shards_stay_open(tmp_path, monkeypatch):
         assert len(os.listdir("/proc/self/fd")) - before <= 2
     files.close()
     assert len(os.listdir("/proc/self/fd")) == before
-
-
-def test_a_file_is_complete_or_absent(tmp_path):
-    (tmp_path / ".tmp").mkdir()
-    (tmp_path / ".tmp" / "x.bin.dead").write_bytes(b"of a killed run")
-    (tmp_path / ".tmp" / "y.bin.alive").write_bytes(b"another's")
-
-    def fail(file):
-        file.write(b"half")
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError), new_file(tmp_path / "x.bin") as file:
-        fail(file)
-    assert [p.name for p in tmp_path.rglob("*")] == [".tmp", "y.bin.alive"]
-    with new_file(tmp_path / "x.bin") as file:
-        file.write(b"whole")
-        assert not (tmp_path / "x.bin").exists()
-    assert (tmp_path / "x.bin").read_bytes() == b"whole"
-    with pytest.raises(ShardError, match="another process is writing"), new_file(tmp_path / "x.bin"):
-        next((tmp_path / ".tmp").glob("x.bin.*")).unlink()
-    inode = (tmp_path / "x.bin").stat().st_ino
-    write_file(tmp_path / "x.bin", b"whole")
-    assert (tmp_path / "x.bin").stat().st_ino == inode
-    write_file(tmp_path / "x.bin", b"other")
-    assert (tmp_path / "x.bin").read_bytes() == b"other"
 
 
 def test_a_seal_breaks_with_any_bit():

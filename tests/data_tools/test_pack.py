@@ -41,7 +41,7 @@ def rejects(out):
 def test_packed_samples_hold_the_clips(tmp_path):
     make_raw(tmp_path / "raw")
     assert run_pack(tmp_path / "raw", tmp_path / "out", "--shard-size", 2) == 0
-    assert not (tmp_path / "out" / ".tmp").exists()
+    assert not list((tmp_path / "out").glob(".*"))
     dataset = Dataset(tmp_path / "out")
     assert len(dataset) == 3
     depth, points, cameras = clip_labels()

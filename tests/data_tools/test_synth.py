@@ -180,7 +180,7 @@ def test_a_scene_that_lost_a_part_is_made_again_and_the_others_stay(raw, tmp_pat
     (out / "depth" / "synth_0_00003" / "frame_0009.npy").write_bytes(b"left over")
     (out / ".unfinished" / "synth_0_00003" / "depth").mkdir(parents=True)
     (out / "metadata.json").unlink()
-    (out / ".metadata.json.partial").write_text("[")
+    (out / ".metadata.json.0123abcd.tmp").write_text("[")
     assert make(out, "--scenes", 8, "--workers", 1) == 0
     assert contents(out) == contents(raw)
     assert complete.stat().st_mtime_ns == untouched
