@@ -6,23 +6,15 @@ Sizes are (height, width) in pixels; frames are pixel frames.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-import yaml
-
-MAX_BYTES = 1 << 20
-MAX_DEPTH = 8
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message says what, where and what to do."""
+from fw_train.config_reading import ConfigError as ConfigError
+from fw_train.config_reading import apply_override, build, read_tree
 
 
 @dataclass(frozen=True)
@@ -63,9 +55,31 @@ class WeightsConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    """A packed dataset that takes part in the mix."""
+
+    path: str
+    weight: float = 1.0  # its share of the steps, relative to the other datasets'
+    name: str = ""  # seeds its order; empty: the folder's name
+
+
+@dataclass(frozen=True)
 class DataConfig:
+    sources: tuple[SourceConfig, ...] = ()
+    validation: str = ""  # packed dataset of held-out clips; empty: nothing is validated
     frames: int = 81
-    sizes_px: tuple[tuple[int, int], ...] = ((336, 592),)
+    sizes_px: tuple[tuple[int, int], ...] = ((336, 592),)  # clips are scaled and cropped to the nearest aspect
+    latents: Literal["sidecar", "online"] = "sidecar"  # encoded before by `fw data encode`, or while training
+    vae: str = ""  # for online latents: the Wan folder with the VAE, or `dct`
+    text_tokens: int = 512  # texts are padded with zeros to this length
+    workers: int = 4  # loader processes per GPU
+    prefetch: int = 2  # micro-batches that each of them prepares ahead
+    timeout_s: float = 300.0  # a loader process that takes longer ends the run
+    max_substituted: float = 1e-3  # share of samples that may be unreadable before the run stops
+    random_crop: bool = False
+    max_temporal_stride: int = 1
+    flip: float = 0.0  # probability; captions say left and right
+    colour_jitter: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -78,6 +92,7 @@ class TrainConfig:
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 0
     weight_decay: float = 1e-2
+    max_grad_norm: float = 1.0
     gate_lr_scale: float = 1.0  # learning rate of the zero-initialised gates, relative to the rest
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     activation_checkpointing: Literal["none", "selective", "full"] = "full"
@@ -85,7 +100,6 @@ class TrainConfig:
     camera_drop: float = 0.17  # probability that a sample is trained without its camera
     text_drop: float = 0.1  # probability that a sample is trained with the empty prompt
     diffusion_every_steps: int = 50  # stage 1: how often the (gradient-free) diffusion loss is computed for the log
-    save_every_steps: int = 1_000
 
 
 @dataclass(frozen=True)
@@ -102,6 +116,44 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class EngineConfig:
+    kind: Literal["deepspeed", "fsdp2"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2, 3] = 2  # of DeepSpeed
+    cpu_offload: bool = False  # optimiser state in host memory
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run lives, and what it writes when."""
+
+    output: str = "outputs/run"
+    resume: Literal["latest", "auto", "never"] = "latest"  # auto: a damaged checkpoint gives way to the one before it
+    save_every_steps: int = 1_000
+    save_every_minutes: float = 0.0  # 0: by steps alone
+    keep_last: int = 3  # resumable checkpoints
+    keep_every_steps: int = 0  # multiples of this are kept for ever; 0: none
+    max_unsaved_minutes: float = 120.0  # training goes on so long when checkpoints cannot be written
+    log_every_steps: int = 10
+    log_pictures_every: int = 1_000  # steps; 0: never
+    validate_every_steps: int = 1_000  # 0: at the end alone
+    validation_samples: int = 64
+    peak_tflops: float = 0.0  # of a GPU, for the MFU; 0: by its name
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What ends or skips steps that are not right."""
+
+    max_bad_steps: int = 5  # in a row: not finite, or a spike
+    spike_deviations: float = 20.0  # of the loss above its median, in robust standard deviations; 0: no guard
+    spike_window: int = 200  # steps that the median is taken over
+    agree_every_steps: int = 500  # how often ranks compare their weights; 0: never
+    hang_s: float = 60.0  # a rank that does nothing for so long is named, and the run ends
+    first_step_s: float = 1_800.0  # the same until the first step is done: start, compilation
+    collective_s: float = 1_800.0  # time limit of communication
+
+
+@dataclass(frozen=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
@@ -109,22 +161,16 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML file, applies `section.key=value` overrides in order, and checks the result."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"no configuration file {path}")
-    if path.stat().st_size > MAX_BYTES:
-        raise ConfigError(f"{path} has {path.stat().st_size} bytes; a configuration has at most {MAX_BYTES}")
-    tree = _parse(path.read_text(encoding="utf-8"), str(path))
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: expected sections such as `model:` at the top, found {_shown(tree)}")
+    tree = read_tree(Path(path))
     for override in overrides:
-        _override(tree, override)
+        apply_override(tree, override)
     config = from_tree(tree, str(path))
     problems = list(_problems(config))
     if problems:
@@ -134,7 +180,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def from_tree(tree: Mapping[str, Any], where: str) -> Config:
     """A configuration from nested mappings; keys are checked, values converted, cross-checks left to `load_config`."""
-    return _build(Config, tree, where, "")
+    return build(Config, tree, where)
 
 
 def to_tree(config: Config) -> dict[str, Any]:
@@ -147,120 +193,13 @@ def config_hash(config: Config) -> str:
     return hashlib.sha256(json.dumps(to_tree(config), sort_keys=True).encode()).hexdigest()[:16]
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without aliases (a few of them can blow up to gigabytes), repeated keys and deep nesting."""
-
-    depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise ConfigError(f"{self._line()}: aliases are not allowed in a configuration; write the value out")
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            raise ConfigError(f"{self._line()}: nested deeper than {MAX_DEPTH} levels")
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            name = getattr(key, "value", None)
-            if isinstance(name, str) and name in seen:
-                raise ConfigError(f"line {key.start_mark.line + 1}: `{name}` is given twice; keep one")
-            seen.add(name if isinstance(name, str) else id(key))
-        return super().construct_mapping(node, deep)
-
-    def _line(self) -> str:
-        return f"line {self.peek_event().start_mark.line + 1}"
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _StrictLoader)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not readable as plain YAML: {error}") from None
-
-
-def _override(tree: dict[str, Any], override: str) -> None:
-    path, separator, text = override.partition("=")
-    names = path.strip().split(".")
-    if not separator or len(names) != 2 or not all(names):
-        raise ConfigError(f"override `{override}` is not of the form section.key=value, for example data.frames=41")
-    section = tree.setdefault(names[0], {})
-    if section is None:
-        section = tree[names[0]] = {}
-    if not isinstance(section, dict):
-        raise ConfigError(f"override `{override}`: `{names[0]}` is not a section")
-    section[names[1]] = _parse(text, f"override `{override}`") if text.strip() else ""  # `key=` means the empty text
-
-
-def _build(cls: Any, tree: Any, where: str, prefix: str) -> Any:
-    if tree is None:
-        tree = {}
-    if not isinstance(tree, Mapping):
-        raise ConfigError(f"{where}: `{prefix.rstrip('.')}` is a section of keys, got {_shown(tree)}")
-    hints = get_type_hints(cls)
-    values = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if key not in hints:
-            raise ConfigError(f"{where}: unknown key `{name}`{_nearest(str(key), hints, prefix)}")
-        hint = hints[key]
-        values[key] = (
-            _build(hint, value, where, f"{name}.")
-            if dataclasses.is_dataclass(hint)
-            else _value(hint, value, f"{where}: `{name}`")
-        )
-    return cls(**values)
-
-
-def _nearest(key: str, valid: Mapping[str, Any], prefix: str) -> str:
-    close = difflib.get_close_matches(key, list(valid), n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean `{prefix}{close[0]}`?"
-    return f"; valid here: {', '.join(prefix + name for name in valid)}"
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    """The value as the field's type, or an error; nothing is rounded or guessed."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        if value is None:
-            return None
-        return _value(next(a for a in args if a is not type(None)), value, where)
-    if origin is Literal:
-        if value not in args:
-            raise ConfigError(f"{where} is one of {', '.join(map(str, args))}, got {_shown(value)}")
-        return value
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"{where} is a list, got {_shown(value)}")
-        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else list(args)
-        if len(kinds) != len(value):
-            raise ConfigError(f"{where} has {len(kinds)} entries, got {len(value)}")
-        return tuple(_value(kind, v, f"{where}[{i}]") for i, (kind, v) in enumerate(zip(kinds, value, strict=True)))
-    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 1e-5 as text
-        except ValueError:
-            pass
-    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    raise ConfigError(f"{where} is of type {hint.__name__}, got {_shown(value)}")
-
-
-def _shown(value: Any) -> str:
-    return f"{str(value)[:80]!r} ({type(value).__name__})"
-
-
 def _problems(config: Config) -> Iterator[str]:
     """Every cross-check that fails, with its remedy."""
     yield from _model_problems(config.model)
     yield from _data_problems(config.data)
     yield from _train_problems(config)
+    yield from _engine_problems(config)
+    yield from _run_problems(config)
 
 
 def _model_problems(m: ModelConfig) -> Iterator[str]:
@@ -305,22 +244,87 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         yield f"data.frames={data.frames} is not 4k + 1, which the VAE's time stride needs; use {near}"
     if not data.sizes_px:
         yield "data.sizes_px is empty; give at least one [height, width]"
+    yield from _source_problems(data)
     for height, width in data.sizes_px:
         if height < 16 or width < 16 or height % 16 or width % 16:
             near_h, near_w = (max(16, round(v / 16) * 16) for v in (height, width))
             yield f"data.sizes_px {height}x{width} is not divisible by 16; use {near_h}x{near_w}"
 
 
+def _source_problems(data: DataConfig) -> Iterator[str]:
+    names = [source.name or Path(source.path).name for source in data.sources]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"data.sources has two datasets named {name}, which would get one order; give one of them another `name`"
+    for source in data.sources:
+        if not source.path:
+            yield "data.sources has a dataset without a path; give the folder that `fw data pack` wrote"
+        if not 0 <= source.weight < float("inf"):
+            yield f"data.sources {source.path}: weight {source.weight} must be finite and not negative"
+    if data.latents == "online" and not data.vae:
+        yield "data.vae is empty: online latents need the Wan folder with the VAE, or `dct`"
+    if data.latents == "sidecar" and data.vae:
+        yield "data.vae is for data.latents=online, and latents come from sidecars; leave it empty"
+    changed = [name for name in ("random_crop", "flip", "colour_jitter") if getattr(data, name)]
+    changed += ["max_temporal_stride"] * (data.max_temporal_stride > 1)
+    if data.latents == "sidecar" and changed:
+        yield f"data.{changed[0]} changes pictures that were encoded already; use data.latents=online, or leave it out"
+    for name, least in (("text_tokens", 1), ("workers", 0), ("prefetch", 1), ("max_temporal_stride", 1)):
+        if getattr(data, name) < least:
+            yield f"data.{name}={getattr(data, name)} must be at least {least}"
+    for name in ("max_substituted", "flip", "colour_jitter"):
+        if not 0 <= getattr(data, name) <= 1:
+            yield f"data.{name}={getattr(data, name)} must lie between 0 and 1"
+    if not data.timeout_s > 0:
+        yield f"data.timeout_s={data.timeout_s} must be positive"
+
+
+def _engine_problems(config: Config) -> Iterator[str]:
+    engine, precision = config.engine, config.train.precision
+    if engine.kind == "deepspeed" and precision == "fp16":
+        yield "train.precision=fp16 runs under engine.kind=fsdp2 alone; bf16 needs no loss scaling and runs under both"
+    if engine.kind == "deepspeed" and engine.zero_stage == 0 and precision == "bf16":
+        yield "engine.zero_stage=0 cannot accumulate bf16 gradients in fp32; use 1, 2 or 3"
+
+
+def _run_problems(config: Config) -> Iterator[str]:
+    run, guard = config.run, config.guard
+    if not run.output:
+        yield "run.output is empty; give the folder of the run"
+    counts = {
+        "run": ("save_every_steps", "keep_last", "log_every_steps", "validation_samples"),
+        "guard": ("max_bad_steps", "spike_window"),
+    }
+    for section, names in counts.items():
+        for name in names:
+            if getattr(getattr(config, section), name) < 1:
+                yield f"{section}.{name}={getattr(getattr(config, section), name)} must be at least 1"
+    for name in (
+        "save_every_minutes",
+        "keep_every_steps",
+        "max_unsaved_minutes",
+        "log_pictures_every",
+        "validate_every_steps",
+        "peak_tflops",
+    ):
+        if not 0 <= getattr(run, name) < float("inf"):
+            yield f"run.{name}={getattr(run, name)} must be finite and not negative"
+    if guard.agree_every_steps < 0 or not 0 <= guard.spike_deviations < float("inf"):
+        yield "guard.agree_every_steps and guard.spike_deviations must not be negative; 0 turns them off"
+    for name in ("hang_s", "first_step_s", "collective_s"):
+        if not 0 < getattr(guard, name) < float("inf"):
+            yield f"guard.{name}={getattr(guard, name)} must be positive and finite"
+
+
 def _train_problems(config: Config) -> Iterator[str]:
     t = config.train
-    for name in ("steps", "global_batch", "micro_batch", "save_every_steps", "diffusion_every_steps"):
+    for name in ("steps", "global_batch", "micro_batch", "diffusion_every_steps"):
         if getattr(t, name) < 1:
             yield f"train.{name}={getattr(t, name)} must be at least 1"
             return
     if t.global_batch % t.micro_batch:
         fits = [m for m in range(1, t.global_batch + 1) if t.global_batch % m == 0]
         yield f"train.global_batch={t.global_batch} is not divisible by micro_batch={t.micro_batch}; use one of {fits}"
-    for name in ("learning_rate", "gate_lr_scale"):
+    for name in ("learning_rate", "gate_lr_scale", "max_grad_norm"):
         if not 0 < getattr(t, name) < float("inf"):
             yield f"train.{name}={getattr(t, name)} must be positive and finite"
     if not 0 <= t.warmup_steps <= t.steps:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fw_train.config import Config, ConfigError, config_hash, from_tree, load_config, to_tree
+from fw_train.config import Config, ConfigError, SourceConfig, config_hash, from_tree, load_config, to_tree
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 
@@ -32,7 +32,7 @@ def test_the_published_schedules_are_there_to_the_letter():
     for config, steps, batch in ((stage1, 20_000, 64), (stage2, 10_000, 112)):
         t = config.train
         assert (t.steps, t.global_batch, t.learning_rate, t.weight_decay) == (steps, batch, 1e-5, 1e-2)
-        assert (t.save_every_steps, t.precision, t.gate_lr_scale) == (1000, "bf16", 1)
+        assert (config.run.save_every_steps, t.precision, t.gate_lr_scale) == (1000, "bf16", 1)
         assert config.data.frames == 81
         assert config.model.variant == "camera"
         assert config.loss.preset == "guide"
@@ -85,7 +85,7 @@ def test_overrides_are_typed_and_applied_in_order():
         ("train:\n  steps: 1.5\n", r"`train\.steps` is of type int, got '1\.5'"),
         ("train:\n  steps: true\n", r"`train\.steps` is of type int, got 'True'"),
         ("train:\n  learning_rate: fast\n", r"`train\.learning_rate` is of type float"),
-        ("data:\n  sizes_px: [[336]]\n", r"`data\.sizes_px`\[0\] has 2 entries, got 1"),
+        ("data:\n  sizes_px: [[336]]\n", r"`data\.sizes_px\[0\]` has 2 entries, got 1"),
         ("data:\n  sizes_px: 336\n", r"`data\.sizes_px` is a list"),
         ("model: 12\n", r"`model` is a section of keys, got '12'"),
         ("- model\n", r"expected sections"),
@@ -152,3 +152,41 @@ def test_a_missing_file_and_a_huge_one_are_errors(tmp_path):
     huge.write_bytes(b"#" * (1 << 21))
     with pytest.raises(ConfigError, match="at most"):
         load_config(huge)
+
+
+def test_datasets_are_read_from_file_and_command_line(write):
+    path = write("data:\n  sources: [{path: data/indoor}, {path: data/b, weight: 3, name: outdoor}]\n")
+    assert load_config(path).data.sources == (
+        SourceConfig("data/indoor"),
+        SourceConfig("data/b", weight=3.0, name="outdoor"),
+    )
+    assert load_config(path, ["data.sources=[{path: elsewhere}]"]).data.sources == (SourceConfig("elsewhere"),)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.sources=[{weight: 2}]", r"`data\.sources\[0\]\.path` is missing"),
+        ("data.sources=[{path: a, weigth: 2}]", r"unknown key `data\.sources\[0\]\.weigth`; did you mean"),
+        ("data.sources=[a]", r"`data\.sources\[0\]` is a section of keys, got 'a'"),
+        ("data.sources=[{path: x/a}, {path: y/a}]", r"two datasets named a"),
+        ("data.sources=[{path: a, weight: -1}]", r"weight -1.0 must be finite and not negative"),
+        ("data.latents=online", r"data\.vae is empty"),
+        ("data.vae=dct", r"data\.vae is for data\.latents=online"),
+        ("data.flip=0.5", r"data\.flip changes pictures that were encoded already; use data\.latents=online"),
+        ("data.max_temporal_stride=2", r"data\.max_temporal_stride changes pictures"),
+        ("data.prefetch=0", r"data\.prefetch=0 must be at least 1"),
+        ("data.max_substituted=2", r"data\.max_substituted=2.0 must lie between 0 and 1"),
+        ("train.precision=fp16", r"fp16 runs under engine\.kind=fsdp2 alone"),
+        ("engine.zero_stage=0", r"engine\.zero_stage=0 cannot accumulate bf16 gradients in fp32"),
+        ("engine.zero_stage=4", r"`engine\.zero_stage` is one of 0, 1, 2, 3, got '4'"),
+        ("engine.zero_stage=true", r"`engine\.zero_stage` is one of 0, 1, 2, 3, got 'True'"),
+        ("run.keep_last=0", r"run\.keep_last=0 must be at least 1"),
+        ("run.output=", r"run\.output is empty"),
+        ("guard.hang_s=0", r"guard\.hang_s=0.0 must be positive"),
+        ("train.max_grad_norm=0", r"train\.max_grad_norm=0.0 must be positive"),
+    ],
+)
+def test_what_a_run_cannot_do_is_refused_with_a_remedy(write, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(write("train: {stage: stage1}\n"), [override])
