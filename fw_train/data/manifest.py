@@ -198,14 +198,12 @@ def seal(lines: Iterable[Any]) -> bytes:
     return body + _line({"sha256": hashlib.sha256(body).hexdigest()})
 
 
-def unseal(data: bytes, where: str) -> list[Any]:
+def unseal(data: bytes, where: str, remedy: str = "pack again, which restores it") -> list[Any]:
     """The lines of a sealed file; one that was cut, changed or joined is refused."""
     start = data.rstrip(b"\n").rfind(b"\n") + 1
     body, last = data[:start], data[start:]
     if last != _line({"sha256": hashlib.sha256(body).hexdigest()}):
-        raise ShardError(
-            f"{where} is damaged: its last line is not the SHA-256 of those before it; pack again, which restores it"
-        )
+        raise ShardError(f"{where} is damaged: its last line is not the SHA-256 of those before it; {remedy}")
     return read_json(b"[" + b",".join(body.splitlines()) + b"]", where)  # one call takes half as long as one a line
 
 

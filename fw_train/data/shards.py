@@ -149,8 +149,9 @@ def shard_path(folder: Path, name: str) -> Path:
 class ShardFiles:
     """Reads members by position from the tars of one folder; may be used from several processes and pickled."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, remedy: str = "pack again, which writes missing shards alone") -> None:
         self.folder = folder
+        self.remedy = remedy  # for a tar that is gone
         self._open: OrderedDict[str, int] = OrderedDict()
 
     def read(self, shard: str, key: str, member: Member) -> bytes:
@@ -186,19 +187,17 @@ class ShardFiles:
         try:
             self._open[shard] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            raise ShardError(
-                f"{path} is missing; restore it, or pack again, which writes missing shards alone"
-            ) from None
+            raise ShardError(f"{path} is missing; restore it, or {self.remedy}") from None
         return self._open[shard]
 
     def __del__(self) -> None:
         self.close()
 
-    def __getstate__(self) -> Path:
-        return self.folder
+    def __getstate__(self) -> tuple[Path, str]:
+        return self.folder, self.remedy
 
-    def __setstate__(self, folder: Path) -> None:
-        self.__init__(folder)  # type: ignore[misc]
+    def __setstate__(self, state: tuple[Path, str]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
 
 
 def _read_header(path: Path, block: bytes, position: int) -> tuple[str, int]:
