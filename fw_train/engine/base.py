@@ -9,7 +9,7 @@ stats = engine.step()
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -60,7 +60,8 @@ class EngineError(RuntimeError):
 
 
 class Engine(Protocol):
-    module: nn.Module  # the network; call it for the forward pass
+    module: nn.Module  # the network under its plain names; call it for the forward pass
+    settings: dict[str, Any]  # what was derived for the library underneath, as JSON; saved with the run
 
     def backward(self, loss: Tensor) -> None:
         """Accumulates the gradient of the mean over `accumulate` calls; the last of them reduces over the ranks."""
