@@ -3,17 +3,17 @@
 The next stage and inference read it. Stage 0's carries the original Wan names, so that it serves as a base checkpoint.
 """
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fw_train.atomic_files import sync
+from fw_train.atomic_files import new_file
 from fw_train.checkpoint_files import CheckpointError, CheckpointReader, TensorInfo, listing, open_checkpoint
+from fw_train.safetensors_writing import write_safetensors
 from fw_train.weights import assign_parameter
 
 FORMAT = "fw_train.stage_weights.v1"
@@ -30,17 +30,39 @@ class StageInfo(NamedTuple):
     dtype: torch.dtype  # of all tensors
 
 
-def write_stage_weights(path: str | Path, tensors: Mapping[str, Tensor], info: StageInfo) -> None:
-    """Writes the parameters, by their names in the network, so that `path` is the whole file or what it was before."""
+def write_stage_weights(path: str | Path, tensors: Mapping[str, Tensor], info: StageInfo) -> str:
+    """Writes the parameters, by their names in the network, so that `path` is the whole file or what it was before.
+
+    Returns the SHA-256 of the file.
+    """
     path = Path(path)
+    stored, metadata = stage_weights_content(path.name, tensors, info)
+    digest = hashlib.sha256()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with new_file(path) as file:
+
+            def write(data: memoryview) -> None:
+                file.write(data)
+                digest.update(data)
+
+            write_safetensors(write, stored, metadata)
+    except OSError as error:
+        raise OSError(error.errno, f"{path} could not be written ({error}) and is as it was before") from None
+    return digest.hexdigest()
+
+
+def stage_weights_content(
+    name: str, tensors: Mapping[str, Tensor], info: StageInfo
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and metadata of a file of stage weights."""
     dtype_name = {dtype: name for name, dtype in DTYPES.items()}.get(info.dtype)
     strays = [f"{name} {tensor.dtype}" for name, tensor in tensors.items() if tensor.dtype != info.dtype]
     if dtype_name is None or strays or not tensors:
         raise CheckpointError(
-            f"{path} is not written: stage weights are tensors of one dtype of {', '.join(DTYPES)}; got {len(tensors)} "
+            f"{name} is not written: stage weights are tensors of one dtype of {', '.join(DTYPES)}; got {len(tensors)} "
             f"tensors for {info.dtype}, of another dtype {listing(strays)}"
         )
-    stored = {_stored_name(info.stage, name): tensor.detach().contiguous() for name, tensor in tensors.items()}
     metadata = {
         "format": FORMAT,
         "stage": info.stage,
@@ -49,18 +71,7 @@ def write_stage_weights(path: str | Path, tensors: Mapping[str, Tensor], info: S
         "base_hash": info.base_hash,
         "dtype": dtype_name,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.tmp")
-    try:
-        save_file(stored, staged, metadata)
-        staged.chmod(0o644)  # it comes with 0600, and colleagues are to read it
-        sync(staged)
-        staged.replace(path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} could not be written ({error}) and is as it was before") from None
-    finally:
-        staged.unlink(missing_ok=True)
-    sync(path.parent)
+    return {_stored_name(info.stage, name): tensor.detach() for name, tensor in tensors.items()}, metadata
 
 
 def read_stage_info(path: str | Path) -> StageInfo:
