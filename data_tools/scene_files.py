@@ -2,26 +2,21 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from data_tools.scene_render import View, camera_directions, render_colour, render_labels
 from data_tools.scenes import caption, sample_scene, surfaces_at, views
+from data_tools.video_writer import video_writer
 from fw_train.camera_files import write_cameras
 from fw_train.geometry import Cameras, invert_rigid, relative_to_first
 
 UNFINISHED_NAME = ".unfinished"  # folder of scenes in the making
-CRF = "12"  # H.264 quality, visually lossless
-# Without it x264 gives other bytes from run to run on processors with AVX-512.
-REPEATABLE = {"x264-params": "cpu-independent=1"}
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,7 @@ def write_scene(out: Path, settings: Settings, index: int) -> None:
     scene = sample_scene(settings.seed, index, settings.moving, settings.sky)
     clip = views(scene, settings.frames, settings.fps, *settings.size(index))
     first_from_cam = camera_track(clip)
-    with _video_writer(video, settings.fps, *settings.size(index)) as add_picture:
+    with video_writer(video, settings.fps, *settings.size(index)) as add_picture:
         for frame, view in enumerate(clip):
             surfaces = surfaces_at(scene, frame / max(settings.frames - 1, 1), frame / settings.fps)
             add_picture(render_colour(surfaces, scene.light, view))
@@ -119,18 +114,3 @@ def _intrinsics_frac(view: View) -> list[float]:
 
 def _parts(scene_id: str) -> tuple[str, str, str, str]:
     return f"videos/{scene_id}.mp4", f"depth/{scene_id}", f"points/{scene_id}", f"camera_params/{scene_id}.txt"
-
-
-@contextmanager
-def _video_writer(path: Path, fps: int, height: int, width: int) -> Iterator[Callable[[NDArray[np.uint8]], None]]:
-    """Takes pictures [H, W, 3] one by one; the same pictures give the same bytes."""
-    with av.open(str(path), "w", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": CRF, "preset": "medium", **REPEATABLE})
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        stream.thread_count = 1
-
-        def add_picture(picture: NDArray[np.uint8]) -> None:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-
-        yield add_picture
-        container.mux(stream.encode())

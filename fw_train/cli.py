@@ -28,6 +28,9 @@ COMMANDS: dict[str, Command | Group] = {
         "make, pack and check training data",
         {
             "synth": Command("data_tools.synth", "make synthetic scenes with exact depth, points and cameras"),
+            "convert": Command(
+                "data_tools.convert", "bring clips, cameras and labels of other tools into a raw folder"
+            ),
             "pack": Command("data_tools.pack", "pack a raw folder into WebDataset tars"),
             "verify": Command("data_tools.verify", "check every byte of a packed dataset"),
             "info": Command("data_tools.info", "describe a packed dataset"),
