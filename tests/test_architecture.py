@@ -41,6 +41,7 @@ ALLOWED = {
         "fw_train.safetensors_writing",
         "fw_train.weights",
     },
+    "fw_train.resume_check": {"fw_train.config"},
     "fw_train.run_state": LEAF,
     "fw_train.checkpoint_layout": {"fw_train.checkpoint_files", "fw_train.data.strict_json", "fw_train.run_state"},
     "fw_train.checkpoint_fragments": {
