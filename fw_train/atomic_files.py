@@ -39,6 +39,13 @@ def write_file(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """A file that others see whole, old or new, and that a power cut may lose: for what is written every few seconds."""
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    partial.write_bytes(data)
+    os.rename(partial, path)
+
+
 def clear_partial(folder: Path, name: str) -> None:
     """Removes what killed writers of the files that `name`, a glob pattern, matches have left in a folder."""
     for leftover in folder.glob(f".{name}.????????{PARTIAL}"):

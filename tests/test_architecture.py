@@ -15,6 +15,12 @@ ALLOWED = {
     "fw_train.stages": LEAF,
     "fw_train.measure": LEAF,
     "fw_train.dist": LEAF,
+    "fw_train.identity": LEAF,
+    "fw_train.run_folder": {"fw_train.atomic_files", "fw_train.identity"},
+    "fw_train.heartbeat": {"fw_train.identity"},
+    "fw_train.watch": {"fw_train.atomic_files", "fw_train.heartbeat", "fw_train.identity", "fw_train.run_folder"},
+    "fw_train.stop": LEAF,
+    "fw_train.guards": LEAF,
     "fw_train.engine": {
         "fw_train.dist",
         "fw_train.model",
@@ -63,6 +69,7 @@ ALLOWED = {
         "fw_train.safetensors_writing",
     },
     "fw_train.checkpoint_saver": {
+        "fw_train.atomic_files",
         "fw_train.checkpoint_files",
         "fw_train.checkpoint_fragments",
         "fw_train.checkpoint_layout",
