@@ -1,0 +1,1 @@
+"""What turns videos, captions and first frames into the tensors that the network takes."""
