@@ -82,7 +82,7 @@ def folder_name(step: int) -> str:
     return f"step-{step}"
 
 
-def weights_name(step: int) -> str:
+def weights_name(step: int | str) -> str:
     return f"step-{step}.safetensors"
 
 

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fw_train.atomic_files import sync
 from fw_train.checkpoint_files import CheckpointError
 from fw_train.checkpoint_fragments import checked_pieces, data_size
 from fw_train.checkpoint_layout import STAGING, FileRecord, Manifest, checkpoints_folder, scan, state_tree, weights_name
@@ -182,6 +183,7 @@ class CheckpointSaver:
         token, number = secrets.token_hex(4), 0
         if self._world.rank == 0:
             self._folder.mkdir(parents=True, exist_ok=True)
+            sync(self._output)
             number = max((found.manifest.save_number for found in scan(self._folder).checkpoints), default=0)
             (self._folder / f"{STAGING}{token}-0").mkdir()
         token, number = json.loads(gather_texts(json.dumps([token, number]))[0])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fw_train.atomic_files import new_file, sync
+from fw_train.atomic_files import clear_partial, new_file, sync
 from fw_train.checkpoint_files import CheckpointError, listing
 from fw_train.checkpoint_fragments import (
     DATA_FORMAT,
@@ -40,6 +40,7 @@ from fw_train.checkpoint_layout import (
     folder_name,
     index_name,
     manifest_bytes,
+    weights_name,
 )
 from fw_train.checkpoint_retention import discard
 from fw_train.engine.base import Fragment
@@ -158,6 +159,7 @@ def commit(staging: Path, folder: Path, manifest: Manifest) -> Path:
 
 def clear_leftovers(folder: Path) -> None:
     """Removes what killed saves and removals have left; only for the owner of the run's folder, between saves."""
+    clear_partial(folder.parent, weights_name("*"))
     for prefix in (STAGING, TRASH):
         for leftover in folder.glob(f"{prefix}*"):
             shutil.rmtree(leftover, ignore_errors=True)
