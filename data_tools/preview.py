@@ -17,7 +17,8 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools import contact_sheet as sheet
+from data_tools import normals
+from fw_train import camera_path, colours, drawing
 from fw_train.atomic_files import write_file
 from fw_train.data.codec import decode_depth, decode_points
 from fw_train.data.manifest import Dataset, map_rows
@@ -38,10 +39,10 @@ class Preview(NamedTuple):
     info: SampleInfo
     chosen: tuple[int, ...]
     video: NDArray[np.uint8]  # [N, H, W, 3]
-    depth: sheet.Float  # [T, H, W]
-    depth_valid: sheet.Mask  # [T, H, W]
-    points: sheet.Float  # [N, H, W, 3]
-    points_valid: sheet.Mask  # [N, H, W]
+    depth: drawing.Float  # [T, H, W]
+    depth_valid: drawing.Mask  # [T, H, W]
+    points: drawing.Float  # [N, H, W, 3]
+    points_valid: drawing.Mask  # [N, H, W]
     first_from_cam: NDArray[np.float64]  # [T, 4, 4]
 
 
@@ -60,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         dataset.close()
     path = args.png or Path(f"{preview.info.key}.png")
-    write_file(path, sheet.png_bytes(draw(preview)))
+    write_file(path, drawing.png_bytes(draw(preview)))
     print(path)
     return 0
 
@@ -126,46 +127,50 @@ def video_pictures(data: bytes, chosen: Sequence[int], where: str) -> NDArray[np
     raise SchemaError(f"{where} ends before frame {chosen[len(pictures)]}; pack the clip again")
 
 
-def draw(preview: Preview) -> sheet.Picture:
+def draw(preview: Preview) -> drawing.Picture:
     """The whole sheet."""
-    scale = sheet.depth_scale(preview.depth, preview.depth_valid)
+    scale = colours.depth_scale(preview.depth, preview.depth_valid)
     rows = [
-        sheet.beside([sheet.labelled(panel) for panel in _row(preview, n, scale)]) for n in range(len(preview.chosen))
+        drawing.beside([drawing.labelled(panel) for panel in _row(preview, n, scale)])
+        for n in range(len(preview.chosen))
     ]
-    panel_width = (rows[0].shape[1] - 2 * sheet.MARGIN) // 3
+    panel_width = (rows[0].shape[1] - 2 * drawing.MARGIN) // 3
     unit = _unit(preview.info)
     legends = [
-        sheet.blank(1, panel_width),
-        sheet.depth_legend(scale, panel_width, unit),
-        sheet.text_picture(["red right, green up,", "blue to the camera"], panel_width, sheet.SMALL, sheet.FAINT),
+        drawing.blank(1, panel_width),
+        colours.depth_legend(scale, panel_width, unit),
+        drawing.text_picture(["red right, green up,", "blue to the camera"], panel_width, drawing.SMALL, drawing.FAINT),
     ]
-    body = sheet.beside([sheet.below([*rows, sheet.beside(legends)]), _path(preview, max(panel_width, sheet.NARROW))])
-    return sheet.framed(sheet.below([*_title(preview.info, body.shape[1]), body]))
+    body = drawing.beside(
+        [drawing.below([*rows, drawing.beside(legends)]), _path(preview, max(panel_width, drawing.NARROW))]
+    )
+    return drawing.framed(drawing.below([*_title(preview.info, body.shape[1]), body]))
 
 
-def _row(preview: Preview, number: int, scale: sheet.DepthScale) -> list[sheet.Panel]:
+def _row(preview: Preview, number: int, scale: colours.DepthScale) -> list[drawing.Panel]:
     """Video, depth and normals of a chosen frame."""
     frame = preview.chosen[number]
     valid = preview.depth_valid[frame]
     cam_from_first = np.linalg.inv(preview.first_from_cam[frame])
-    normals = sheet.surface_normals(preview.points[number], preview.points_valid[number], cam_from_first)
+    directions = normals.surface_normals(preview.points[number], preview.points_valid[number], cam_from_first)
     return [
-        sheet.Panel(f"frame {frame}", sheet.fit(preview.video[number])),
-        sheet.Panel(
-            f"depth, {valid.mean():.1%} valid", sheet.fit(sheet.depth_picture(preview.depth[frame], valid, scale))
+        drawing.Panel(f"frame {frame}", drawing.fit(preview.video[number])),
+        drawing.Panel(
+            f"depth, {valid.mean():.1%} valid", drawing.fit(colours.depth_picture(preview.depth[frame], valid, scale))
         ),
-        sheet.Panel("normals of the points", sheet.fit(sheet.normal_picture(*normals))),
+        drawing.Panel("normals of the points", drawing.fit(normals.normal_picture(*directions))),
     ]
 
 
-def _path(preview: Preview, size: int) -> sheet.Picture:
+def _path(preview: Preview, size: int) -> drawing.Picture:
     """The camera's path and what it says in numbers."""
     smallest = SMALLEST_PATH * preview.info.scene_scale
     centres, unit = preview.first_from_cam[:, :3, 3], _unit(preview.info)
     length = np.linalg.norm(np.diff(centres, axis=0), axis=1).sum()
     up = 0.0 - centres[:, 1]  # no -0
-    picture = sheet.path_picture(preview.first_from_cam, preview.chosen, size, smallest)
-    step = sheet.grid_step(preview.first_from_cam, size, smallest)
+    paths = [camera_path.path_of_poses(preview.first_from_cam)]
+    picture = camera_path.path_picture(paths, preview.chosen, size, smallest)
+    step = camera_path.grid_step(paths, size, smallest)
     lines = [
         "x to the right, z up",
         f"grid {step:g}{unit}",
@@ -173,19 +178,22 @@ def _path(preview: Preview, size: int) -> sheet.Picture:
         f"height {up.min():.2f} to {up.max():.2f}{unit}",
         "ring: first camera",
     ]
-    panel = sheet.labelled(sheet.Panel("camera from above", picture))
-    return sheet.below([panel, sheet.text_picture(lines, size, sheet.SMALL, sheet.FAINT)], sheet.MARGIN // 2)
+    panel = drawing.labelled(drawing.Panel("camera from above", picture))
+    return drawing.below([panel, drawing.text_picture(lines, size, drawing.SMALL, drawing.FAINT)], drawing.MARGIN // 2)
 
 
-def _title(info: SampleInfo, width: int) -> list[sheet.Picture]:
+def _title(info: SampleInfo, width: int) -> list[drawing.Picture]:
     facts = (
         f"{info.height}x{info.width} (height x width), {info.frames} frames at {info.fps:g} fps, depth {info.depth_kind}, "
         f"scene scale {info.scene_scale:.4g}{_unit(info)}" + (f", source {info.source}" if info.source else "")
     )
-    styles = (info.key, sheet.LARGE, 2, sheet.WHITE), (info.caption or "(no caption)", sheet.SMALL, 3, sheet.WHITE)
+    styles = (
+        (info.key, drawing.LARGE, 2, drawing.WHITE),
+        (info.caption or "(no caption)", drawing.SMALL, 3, drawing.WHITE),
+    )
     return [
-        sheet.text_picture(sheet.wrap(text, width, scale, lines), width, scale, colour)
-        for text, scale, lines, colour in (*styles, (facts, sheet.SMALL, 3, sheet.FAINT))
+        drawing.text_picture(drawing.wrap(text, width, scale, lines), width, scale, colour)
+        for text, scale, lines, colour in (*styles, (facts, drawing.SMALL, 3, drawing.FAINT))
     ]
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from raw_clips import clip_labels, contents, make_raw, write_clip, write_metadata
 
-from data_tools import contact_sheet as sheet
 from data_tools import pack, preview
+from data_tools.normals import normal_picture, surface_normals
+from fw_train import camera_path, colours, drawing
 from fw_train.data.manifest import Dataset
 from fw_train.data.shards import ShardError
 from fw_train.geometry import relative_to_first
@@ -43,6 +44,10 @@ def poses(*centres):
     return path
 
 
+def one_path(*centres):
+    return [camera_path.path_of_poses(poses(*centres))]
+
+
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     """Three clips; the first one's depth and points have a hole at the upper left, `lossless` NaNs."""
@@ -61,12 +66,12 @@ def test_the_sheet_is_a_png_with_four_rows_of_three_panels_and_the_path(packed, 
     assert run(preview, packed, "clip_1", "--png", file) == 0
     assert capsys.readouterr().out == f"{file}\n"
     picture = decode(file)
-    scale = sheet.NARROW // WIDTH
-    width = 3 * scale * WIDTH + sheet.NARROW + 3 * sheet.MARGIN
-    rows = 4 * (scale * HEIGHT + sheet.SMALL * sheet.LEADING)
-    legend = 2 * sheet.SMALL * sheet.LEADING
-    lines = (sheet.LARGE + 2 * sheet.SMALL) * sheet.LEADING  # key, caption, facts
-    assert picture.shape == (lines + rows + legend + 9 * sheet.MARGIN, width + 2 * sheet.MARGIN, 3)
+    scale = drawing.NARROW // WIDTH
+    width = 3 * scale * WIDTH + drawing.NARROW + 3 * drawing.MARGIN
+    rows = 4 * (scale * HEIGHT + drawing.SMALL * drawing.LEADING)
+    legend = 2 * drawing.SMALL * drawing.LEADING
+    lines = (drawing.LARGE + 2 * drawing.SMALL) * drawing.LEADING  # key, caption, facts
+    assert picture.shape == (lines + rows + legend + 9 * drawing.MARGIN, width + 2 * drawing.MARGIN, 3)
     dataset = Dataset(packed)
     drawn = preview.draw(preview.read_preview(dataset, dataset.find("clip_1"), 4))
     np.testing.assert_array_equal(picture, drawn)
@@ -74,7 +79,7 @@ def test_the_sheet_is_a_png_with_four_rows_of_three_panels_and_the_path(packed, 
 
 
 def test_the_chunks_of_a_png_have_their_check_sums():
-    data = sheet.png_bytes(np.zeros((2, 3, 3), np.uint8))
+    data = drawing.png_bytes(np.zeros((2, 3, 3), np.uint8))
     kinds, at = [], 8
     while at < len(data):
         size = int.from_bytes(data[at : at + 4])
@@ -159,12 +164,12 @@ def test_a_video_that_is_displayed_upright_is_drawn_upright(packed):
 def test_near_is_bright_and_depth_is_told_apart_in_order():
     depth = np.linspace(1, 10, 400, dtype=np.float32).reshape(1, 1, 400)
     valid = np.ones_like(depth, bool)
-    scale = sheet.depth_scale(depth, valid)
+    scale = colours.depth_scale(depth, valid)
     assert scale == pytest.approx(tuple(np.percentile(1 / depth, (2, 98))), rel=1e-6)
-    luminance = sheet.depth_picture(depth[0], valid[0], scale)[0] @ np.array((0.2126, 0.7152, 0.0722))
+    luminance = colours.depth_picture(depth[0], valid[0], scale)[0] @ np.array((0.2126, 0.7152, 0.0722))
     assert (np.diff(luminance) < 1).all()  # colours are rounded
     assert luminance[0] - luminance[-1] > 180
-    steps = np.diff(sheet.heat_colours(np.linspace(0, 1, 64)) @ np.array((0.2126, 0.7152, 0.0722)))
+    steps = np.diff(colours.heat_colours(np.linspace(0, 1, 64)) @ np.array((0.2126, 0.7152, 0.0722)))
     assert (steps > 0).all()
 
 
@@ -173,19 +178,22 @@ def test_one_scale_serves_all_frames_of_a_clip(packed):
     depth = np.ones_like(drawn.depth) * np.arange(1, 6, dtype=np.float32)[:, None, None]
     picture = preview.draw(drawn._replace(depth=depth))
     for distance in depth[list(drawn.chosen), 0, 0]:
-        colour = sheet.heat_colours((1 / distance - 1 / 5) / (1 - 1 / 5))
+        colour = colours.heat_colours((1 / distance - 1 / 5) / (1 - 1 / 5))
         pixels = (picture == colour).all(axis=-1).sum()
-        assert pixels >= HEIGHT * WIDTH * (sheet.NARROW // WIDTH) ** 2, f"no panel has the colour of {distance} m"
+        assert pixels >= HEIGHT * WIDTH * (drawing.NARROW // WIDTH) ** 2, f"no panel has the colour of {distance} m"
 
 
 def test_depth_without_range_and_without_valid_pixels():
     depth, valid = np.full((1, 4, 8), 3, np.float32), np.ones((1, 4, 8), bool)
-    flat = sheet.depth_picture(depth[0], valid[0], sheet.depth_scale(depth, valid))
-    assert (flat == sheet.heat_colours(np.array(0.5))).all()
-    nothing = sheet.depth_scale(depth, ~valid)
+    flat = colours.depth_picture(depth[0], valid[0], colours.depth_scale(depth, valid))
+    assert (flat == colours.heat_colours(np.array(0.5))).all()
+    nothing = colours.depth_scale(depth, ~valid)
     assert nothing == (0, 0)
-    assert set(np.unique(sheet.depth_picture(depth[0], ~valid[0], nothing))) == {104, 152}
-    assert sheet.depth_legend(nothing, 200, " m").shape == sheet.depth_legend(sheet.DepthScale(0.1, 1), 200, " m").shape
+    assert set(np.unique(colours.depth_picture(depth[0], ~valid[0], nothing))) == {104, 152}
+    assert (
+        colours.depth_legend(nothing, 200, " m").shape
+        == colours.depth_legend(colours.DepthScale(0.1, 1), 200, " m").shape
+    )
 
 
 def test_invalid_pixels_are_grey_checks_and_no_others_are(packed):
@@ -193,15 +201,15 @@ def test_invalid_pixels_are_grey_checks_and_no_others_are(packed):
     hole = np.zeros((HEIGHT, WIDTH), bool)
     hole[:8, :16] = True
     assert np.isnan(drawn.points[0][hole]).all()
-    scale = sheet.depth_scale(drawn.depth, drawn.depth_valid)
-    normals = sheet.surface_normals(drawn.points[0], drawn.points_valid[0], np.eye(4))
+    scale = colours.depth_scale(drawn.depth, drawn.depth_valid)
+    normals = surface_normals(drawn.points[0], drawn.points_valid[0], np.eye(4))
     for picture in (
-        sheet.depth_picture(drawn.depth[0], drawn.depth_valid[0], scale),
-        sheet.normal_picture(*normals),
+        colours.depth_picture(drawn.depth[0], drawn.depth_valid[0], scale),
+        normal_picture(*normals),
     ):
         grey = (picture == picture[..., :1]).all(axis=-1) & np.isin(picture[..., 0], (104, 152))
         np.testing.assert_array_equal(grey, hole)
-        tile = sheet.CHECK
+        tile = colours.CHECK
         assert picture[0, 0, 0] == picture[tile - 1, tile - 1, 0] == picture[tile, tile, 0] == 104
         assert picture[0, tile, 0] == picture[tile, 0, 0] == 152
 
@@ -209,77 +217,78 @@ def test_invalid_pixels_are_grey_checks_and_no_others_are(packed):
 def test_a_wall_that_faces_the_camera_has_the_colour_of_minus_z():
     rows, columns = np.indices((HEIGHT, WIDTH)).astype(np.float32)
     points = np.stack((columns - 20, rows - 10, np.full_like(rows, 50)), axis=-1)
-    normals, known = sheet.surface_normals(points, np.ones((HEIGHT, WIDTH), bool), np.eye(4))
+    normals, known = surface_normals(points, np.ones((HEIGHT, WIDTH), bool), np.eye(4))
     assert known.all()
     np.testing.assert_allclose(normals, np.broadcast_to((0, 0, -1), normals.shape), atol=1e-6)
-    assert (sheet.normal_picture(normals, known) == CAMERA_BLUE).all()
+    assert (normal_picture(normals, known) == CAMERA_BLUE).all()
 
 
 def test_normals_of_a_tilted_wall_before_a_turned_camera():
     _, points, _ = clip_labels(frames=1)
     valid = np.ones((HEIGHT, WIDTH), bool)
     want = np.array((0.3, 0, -1)) / np.hypot(0.3, 1)  # z = 2 + 0.3 x, seen from z = 0
-    normals, _ = sheet.surface_normals(points[0], valid, np.eye(4))
+    normals, _ = surface_normals(points[0], valid, np.eye(4))
     np.testing.assert_allclose(normals, np.broadcast_to(want, normals.shape), atol=2e-4)
     # A camera turned towards the wall's normal sees it face on.
     angle = np.arctan(0.3)
     turned = np.eye(4)
     turned[:3, :3] = [[np.cos(angle), 0, np.sin(angle)], [0, 1, 0], [-np.sin(angle), 0, np.cos(angle)]]
-    normals, known = sheet.surface_normals(points[0], valid, turned)
+    normals, known = surface_normals(points[0], valid, turned)
     np.testing.assert_allclose(normals, np.broadcast_to((0, 0, -1), normals.shape), atol=2e-4)
-    assert (np.abs(sheet.normal_picture(normals, known).astype(int) - CAMERA_BLUE) <= 1).all()
+    assert (np.abs(normal_picture(normals, known).astype(int) - CAMERA_BLUE) <= 1).all()
 
 
 def test_red_is_right_and_green_is_up():
     normals = np.array([[[1, 0, 0], [0, -1, 0], [0, 0, -1]]], np.float32)
-    colours = sheet.normal_picture(normals, np.ones((1, 3), bool))
-    np.testing.assert_array_equal(colours[0], [[255, 128, 128], [128, 255, 128], [128, 128, 255]])
+    picture = normal_picture(normals, np.ones((1, 3), bool))
+    np.testing.assert_array_equal(picture[0], [[255, 128, 128], [128, 255, 128], [128, 128, 255]])
 
 
 def test_normals_hold_up_to_the_edge_of_a_step():
     rows, columns = np.indices((HEIGHT, WIDTH)).astype(np.float32)
     deep = np.where(columns < 24, 50, 90)
     points = np.stack((columns, rows, deep), axis=-1).astype(np.float32)
-    normals, _ = sheet.surface_normals(points, np.ones((HEIGHT, WIDTH), bool), np.eye(4))
+    normals, _ = surface_normals(points, np.ones((HEIGHT, WIDTH), bool), np.eye(4))
     np.testing.assert_allclose(normals, np.broadcast_to((0, 0, -1), normals.shape), atol=1e-6)
 
 
 def test_a_camera_that_moves_right_has_dots_that_move_right():
-    picture = sheet.path_picture(poses(*[(0.1 * t, 0, 0) for t in range(5)]), [], 320, 0.01)
-    dots = np.array([where_is(picture, sheet.camera_colour(t, 5)) for t in range(5)])
-    np.testing.assert_allclose(np.diff(dots[:, 0]), (320 - 2 * sheet.PATH_PADDING_PX) / 4, atol=0.6)
+    picture = camera_path.path_picture(one_path(*[(0.1 * t, 0, 0) for t in range(5)]), [], 320, 0.01)
+    dots = np.array([where_is(picture, camera_path.camera_colour(t, 5)) for t in range(5)])
+    np.testing.assert_allclose(np.diff(dots[:, 0]), (320 - 2 * camera_path.PATH_PADDING_PX) / 4, atol=0.6)
     np.testing.assert_allclose(dots[:, 1], 159.5, atol=0.6)
 
 
 def test_a_camera_that_moves_ahead_has_dots_that_move_up_and_height_plays_no_part():
-    picture = sheet.path_picture(poses((0, 0, 0), (0, -7, 0.5), (0, 3, 1)), [], 200, 0.01)
-    dots = np.array([where_is(picture, sheet.camera_colour(t, 3)) for t in range(3)])
+    picture = camera_path.path_picture(one_path((0, 0, 0), (0, -7, 0.5), (0, 3, 1)), [], 200, 0.01)
+    dots = np.array([where_is(picture, camera_path.camera_colour(t, 3)) for t in range(3)])
     np.testing.assert_allclose(dots[:, 0], 99.5, atol=0.6)
-    np.testing.assert_allclose(np.diff(dots[:, 1]), -(200 - 2 * sheet.PATH_PADDING_PX) / 2, atol=0.6)
+    np.testing.assert_allclose(np.diff(dots[:, 1]), -(200 - 2 * camera_path.PATH_PADDING_PX) / 2, atol=0.6)
 
 
 def test_only_the_first_camera_has_a_ring_and_marked_ones_a_triangle_along_the_view():
-    path = poses((0, 0, 0), (1, 0, 0))
-    path[1, :3, :3] = [[0, 0, 1], [0, 1, 0], [-1, 0, 0]]  # looks to the right
-    plain, marked = sheet.path_picture(path, [], 200, 0.1), sheet.path_picture(path, [1], 200, 0.1)
-    ring, first = where_is(plain, sheet.WHITE), where_is(plain, sheet.FIRST)
+    turned = poses((0, 0, 0), (1, 0, 0))
+    turned[1, :3, :3] = [[0, 0, 1], [0, 1, 0], [-1, 0, 0]]  # looks to the right
+    path = [camera_path.path_of_poses(turned)]
+    plain, marked = camera_path.path_picture(path, [], 200, 0.1), camera_path.path_picture(path, [1], 200, 0.1)
+    ring, first = where_is(plain, drawing.WHITE), where_is(plain, camera_path.COLOURED.first)
     assert ring == pytest.approx(first, abs=0.6)
-    dot, triangle = where_is(plain, sheet.LAST), where_is(marked, sheet.LAST)
+    dot, triangle = where_is(plain, camera_path.COLOURED.last), where_is(marked, camera_path.COLOURED.last)
     assert triangle[0] > dot[0] + 5
     assert triangle[1] == pytest.approx(dot[1], abs=0.6)
-    ahead = sheet.path_picture(path, [0], 200, 0.1)
-    assert where_is(ahead, sheet.FIRST)[1] < first[1] - 5
+    ahead = camera_path.path_picture(path, [0], 200, 0.1)
+    assert where_is(ahead, camera_path.COLOURED.first)[1] < first[1] - 5
 
 
 def test_a_camera_that_stays_is_drawn_in_the_middle():
-    picture = sheet.path_picture(poses((0, 0, 0), (0, 0, 0)), [0, 1], 200, 0.5)
-    assert where_is(picture, sheet.LAST)[0] == pytest.approx(99.5, abs=0.6)
-    assert sheet.grid_step(poses((0, 0, 0)), 200, 0.5) == pytest.approx(0.2)
+    picture = camera_path.path_picture(one_path((0, 0, 0), (0, 0, 0)), [0, 1], 200, 0.5)
+    assert where_is(picture, camera_path.COLOURED.last)[0] == pytest.approx(99.5, abs=0.6)
+    assert camera_path.grid_step(one_path((0, 0, 0)), 200, 0.5) == pytest.approx(0.2)
 
 
 def test_text_is_readable_cut_at_the_edge_and_wrapped():
-    picture = sheet.text_picture(["L|~", "é?"], 14, 1, sheet.WHITE)
-    lit = (picture == sheet.WHITE).all(axis=-1)
+    picture = drawing.text_picture(["L|~", "é?"], 14, 1, drawing.WHITE)
+    lit = (picture == drawing.WHITE).all(axis=-1)
     assert ["".join(np.where(row, "#", ".")) for row in lit[:7, :9]] == [
         "#.......#",
         "#.......#",
@@ -292,18 +301,18 @@ def test_text_is_readable_cut_at_the_edge_and_wrapped():
     question = lit[11:19, 6:11]
     assert question.any()
     np.testing.assert_array_equal(lit[11:19, :5], question)  # what is not ASCII
-    assert sheet.wrap("one two  three", 8 * 6, 1, 2) == ["one two", "three"]
-    assert sheet.wrap("one two three four", 8 * 6, 1, 2) == ["one two", "three..."]
-    assert sheet.wrap("abcdefghijkl", 8 * 6, 1, 3) == ["abcdefgh", "ijkl"]
+    assert drawing.wrap("one two  three", 8 * 6, 1, 2) == ["one two", "three"]
+    assert drawing.wrap("one two three four", 8 * 6, 1, 2) == ["one two", "three..."]
+    assert drawing.wrap("abcdefghijkl", 8 * 6, 1, 3) == ["abcdefgh", "ijkl"]
 
 
 def test_panels_are_enlarged_and_reduced_by_whole_numbers():
     colours = np.random.default_rng(0).integers(0, 256, (16, 64, 3), np.uint8)
-    np.testing.assert_array_equal(sheet.fit(colours)[::5, ::5], colours)
+    np.testing.assert_array_equal(drawing.fit(colours)[::5, ::5], colours)
     large = np.repeat(np.repeat(colours, 22, axis=0), 22, axis=1)  # 1408 wide
-    assert sheet.fit(large).shape == (16 * 22 // 3, 1408 // 3, 3)
+    assert drawing.fit(large).shape == (16 * 22 // 3, 1408 // 3, 3)
     checks = np.indices((4, 1000)).sum(axis=0)[..., None] % 2 * np.full(3, 200, np.uint8)
-    assert (sheet.fit(checks.astype(np.uint8)) == 100).all()
+    assert (drawing.fit(checks.astype(np.uint8)) == 100).all()
 
 
 @pytest.mark.parametrize(("height", "width", "frames"), [(64, 32, 5), (16, 16, 1)])
@@ -312,5 +321,5 @@ def test_tall_and_tiny_clips_with_a_long_caption(tmp_path, height, width, frames
     write_metadata(tmp_path / "raw", [entry])
     assert run(pack, tmp_path / "raw", tmp_path / "out", "--workers", 1) == 0
     assert run(preview, tmp_path / "out", "--png", tmp_path / "tall.png") == 0
-    scale = sheet.NARROW // width
+    scale = drawing.NARROW // width
     assert decode(tmp_path / "tall.png").shape[0] > scale * height * min(frames, 4)
