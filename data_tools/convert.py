@@ -30,14 +30,10 @@ from typing import Any, NamedTuple
 import av
 import torch
 
-from data_tools.convert_clip import UNFINISHED, Converted, Cut, Source, convert_clip
-from data_tools.convert_colmap import read_colmap
-from data_tools.convert_labels import for_raw_clip, read_depth_anything, read_dust3r, read_vggt
-from data_tools.convert_nerfstudio import FILE, read_nerfstudio
-from data_tools.convert_re10k import read_re10k
+from data_tools.convert_clip import UNFINISHED, Converted, Cut, Source, convert_clip, place, remove_replaced
+from data_tools.convert_nerfstudio import FILE
+from data_tools.convert_scenes import find_scenes, read_scene
 from data_tools.framing import FITS
-from data_tools.pack_sample import read_clip_cameras
-from data_tools.pictures import VIDEO_SUFFIXES, open_pictures
 from data_tools.work import Progress, add_workers, run_parallel
 from fw_train.atomic_files import write_file
 from fw_train.batch import latent_frames
@@ -46,8 +42,7 @@ from fw_train.geometry import RE10K_SIZE
 
 log = logging.getLogger(__name__)
 
-SAVE_EVERY_S = 10.0
-PREDICTIONS = "predictions"  # a file of this name is called after its folder
+COMMIT_EVERY_S = 10.0
 
 
 class Job(NamedTuple):
@@ -91,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "--video",
             type=Path,
             help="the video or folder of images that the network saw, or a folder of them named like the npz files; "
-            "default: the clip's video in RAW, else the folder `images` beside FILE",
+            "default: the folder `images` beside FILE if there is one, else the clip's video in RAW",
         )
         labels.add_argument(
             "--fit", choices=FITS, help="how the network saw the frames (default: as its own loader does)"
@@ -166,119 +161,42 @@ def run(args: argparse.Namespace) -> int:
             entry = dict(by_id.get(clip_id, {}))
             if args.caption is not None:
                 entry["caption"] = args.caption
-            jobs.append(Job(clip_id, partial(_read, args, clip_id, path, entry, cut), args.raw, cut, entry))
+            jobs.append(Job(clip_id, partial(read_scene, args, clip_id, path, entry, cut), args.raw, cut, entry))
         outcomes = _convert_all(args.raw, entries, jobs, args.workers)
         shutil.rmtree(args.raw / UNFINISHED, ignore_errors=True)
     return _report(args.raw, outcomes)
 
 
-def find_scenes(source: str, path: Path) -> dict[str, Path]:
-    """The clips of a path by their ids, in order."""
-    if not path.exists():
-        raise ValueError(f"no {path}")
-    path = path.resolve()
-    if source == "re10k":
-        found = sorted(path.glob("*.txt")) if path.is_dir() else [path]
-        what = "camera files (*.txt)"
-    elif source == "colmap":
-        found, what = _folders(path, ("sparse", "cameras.bin", "cameras.txt")), "folders with sparse/"
-    elif source == "nerfstudio":
-        found, what = [path] if path.is_file() else _folders(path, (FILE,)), f"folders with {FILE}"
-    else:
-        found, what = _label_files(path), "npz or npy files"
-    if not found:
-        raise ValueError(f"{path} holds no {what}")
-    scenes: dict[str, Path] = {}
-    for scene in found:
-        clip_id = _name(scene)
-        if clip_id in scenes:
-            raise ValueError(f"{scenes[clip_id]} and {scene} would both be the clip {clip_id}; rename one")
-        scenes[clip_id] = scene
-    return scenes
-
-
-def _folders(path: Path, marks: tuple[str, ...]) -> list[Path]:
-    """The folder itself if it has one of the names in it, else those within it that have."""
-    for folders in ([path], sorted(path.iterdir()) if path.is_dir() else []):
-        found = [folder for folder in folders if any((folder / mark).exists() for mark in marks)]
-        if found:
-            return found
-    return []
-
-
-def _label_files(path: Path) -> list[Path]:
-    """A file, a folder whose npy files are one clip, or all clips of a folder."""
-    if path.is_file():
-        return [path]
-    inner = sorted(path.iterdir())
-    archives = [file for file in inner if file.suffix == ".npz" or (file.is_dir() and _label_files(file))]
-    arrays = [file for file in inner if file.suffix == ".npy"]
-    return archives if archives else [path] if arrays else []
-
-
-def _name(scene: Path) -> str:
-    if scene.is_dir():
-        return scene.name
-    return scene.parent.name if scene.stem == PREDICTIONS or scene.name == FILE else scene.stem
-
-
-def _read(args: argparse.Namespace, clip_id: str, path: Path, entry: dict[str, Any], cut: Cut) -> Source:
-    if args.source == "re10k":
-        return read_re10k(path, args.pictures, args.original_size)
-    if args.source == "colmap":
-        return read_colmap(path, args.images)
-    if args.source == "nerfstudio":
-        return read_nerfstudio(path)
-    video = schema.video_path(args.raw, clip_id)
-    if args.source == "depth-anything":
-        if not entry or not video.is_file():
-            raise ValueError(
-                f"{args.raw} has no clip {clip_id}; convert its video and cameras first (re10k, colmap, nerfstudio, vggt, dust3r), "
-                f"run Depth Anything on {schema.video_path(args.raw, 'ID')} and name its result by the same ID, or give --id"
-            )
-        cameras = read_clip_cameras(args.raw, schema.read_clip(entry, clip_id))
-        file = schema.camera_path(args.raw, clip_id)
-        return read_depth_anything(path, open_pictures(video), cameras, args.depth_kind, file)
-    read = read_vggt if args.source == "vggt" else read_dust3r
-    pictures = _pictures_of(args.video, clip_id, path)
-    if pictures is None and video.is_file():
-        if cut != Cut():
-            raise ValueError(
-                f"{video} is there and stays as it is; --size, --start, --frames, --stride, --fps need --video"
-            )
-        return for_raw_clip(read(path, open_pictures(video), args.fit, args.min_confidence))
-    if pictures is None:
-        raise ValueError(f"no frames for {path}: give --video, or the folder {path.parent / 'images'}, or {video}")
-    return read(path, open_pictures(pictures), args.fit, args.min_confidence)
-
-
-def _pictures_of(video: Path | None, clip_id: str, labels: Path) -> Path | None:
-    """What the network saw, as far as it is not the clip's video in the raw folder."""
-    if video is None:
-        beside = labels.parent / "images"
-        return beside if beside.is_dir() else None
-    for name in (clip_id, *(f"{clip_id}{suffix}" for suffix in VIDEO_SUFFIXES)):
-        if video.is_dir() and (video / name).exists():
-            return video / name
-    return video
-
-
 def _convert_all(raw: Path, entries: list[Any], jobs: list[Job], workers: int) -> list[Outcome]:
-    """Converts the clips and keeps metadata.json up to date."""
-    outcomes, saved = [], time.monotonic()
+    """Converts the clips, and brings them into the folder some at a time."""
+    outcomes: list[Outcome] = []
+    ready: list[Converted] = []
+    committed = time.monotonic()
     with Progress(len(jobs), "clips") as progress:
         for outcome in run_parallel(_convert, jobs, workers, progress):
             outcomes.append(outcome)
             if outcome.converted is None:
                 log.error(f"{outcome.clip_id}: {outcome.failure}")
                 continue
-            _put(entries, outcome.converted.record)
-            if time.monotonic() - saved > SAVE_EVERY_S:
-                _save(raw, entries)
-                saved = time.monotonic()
-    if any(outcome.converted for outcome in outcomes):
-        _save(raw, entries)
+            if outcome.converted.doubt:
+                log.warning(f"{outcome.clip_id}: {outcome.converted.doubt}")
+            ready.append(outcome.converted)
+            if time.monotonic() - committed > COMMIT_EVERY_S:
+                _commit(raw, entries, ready)
+                ready, committed = [], time.monotonic()
+    _commit(raw, entries, ready)
     return outcomes
+
+
+def _commit(raw: Path, entries: list[Any], ready: list[Converted]) -> None:
+    """Killed at any point, this leaves clips that are old, new, or incomplete and therefore made again."""
+    for converted in ready:
+        remove_replaced(raw, converted)
+        _put(entries, converted.record)
+    if ready:
+        write_file(schema.metadata_path(raw), (json.dumps(entries, indent=1, ensure_ascii=False) + "\n").encode())
+    for converted in ready:
+        place(raw, converted)
 
 
 def _convert(job: Job, advance: Callable[[int], None]) -> Outcome:
@@ -304,17 +222,14 @@ def _entries(raw: Path) -> list[Any]:
     return schema.read_metadata(raw) if schema.metadata_path(raw).is_file() else []
 
 
-def _save(raw: Path, entries: list[Any]) -> None:
-    write_file(schema.metadata_path(raw), (json.dumps(entries, indent=1, ensure_ascii=False) + "\n").encode())
-
-
 def _report(raw: Path, outcomes: list[Outcome]) -> int:
     done = [outcome.converted for outcome in outcomes if outcome.converted]
     failed = len(outcomes) - len(done)
-    there = sum(not converted.written for converted in done)
+    there = sum(not converted.replaces for converted in done)
     print(f"{len(done) - there} clips converted, {there} were there, {failed} failed: {raw}")
+    ids = [converted.record["id"] for converted in done]
     for kind in ("depth", "points"):
-        without = [converted.record["id"] for converted in done if kind not in converted.labels]
+        without = [clip_id for clip_id in ids if not schema.label_folder(raw, kind, clip_id).is_dir()]
         if without:
             log.warning(
                 f"{len(without)} clips have no {kind} ({without[0]}{', ...' if len(without) > 1 else ''}), and `fw data pack` "

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from data_tools.framing import Framing, Region, centred, frame_intrinsics, frame_labels, frame_picture, unchanged
 from data_tools.pictures import Pictures, choose, read_pictures
+from data_tools.pose_check import DOUBTFUL, LOOKED_AT, LOOKED_AT_PX, check_poses
 from data_tools.video_writer import video_writer
 from fw_train.batch import DepthKind
 from fw_train.camera_files import write_cameras
@@ -47,6 +48,7 @@ class Source:
     depth_kind: DepthKind = "metric"
     gaps: Mapping[int, str] = field(default_factory=dict)  # frames that cannot be used, and why
     inputs: tuple[Path, ...] = ()  # files that it was read from, beside the pictures
+    settings: str = ""  # of the reader, which labels depend on
     origin: str = ""
     fps: Fraction | None = None
     replaces: frozenset[str] = frozenset(PARTS)  # without "video": labels for a clip that is in the raw folder
@@ -63,9 +65,12 @@ class Cut(NamedTuple):
 
 
 class Converted(NamedTuple):
+    """A clip whose new files lie in `UNFINISHED`, complete; `place` brings them in."""
+
     record: dict[str, Any]  # the clip's entry in metadata.json
-    labels: tuple[str, ...]  # which of depth and points it has
-    written: bool  # False: it was there
+    replaces: frozenset[str]  # parts whose old files go; none: the clip was there
+    made: tuple[str, ...]  # parts that come
+    doubt: str  # what is odd about the labels; empty if nothing is
 
 
 def rotations(poses: NDArray[Any], where: Path, names: tuple[str, ...]) -> torch.Tensor:
@@ -95,7 +100,7 @@ def rotations(poses: NDArray[Any], where: Path, names: tuple[str, ...]) -> torch
 
 
 def convert_clip(raw: Path, clip_id: str, source: Source, cut: Cut, entry: Mapping[str, Any]) -> Converted:
-    """Writes a clip's files unless they are there; `entry` is what metadata.json says about it so far."""
+    """Makes a clip's files in `UNFINISHED` unless it is there; `entry` is what metadata.json says about it so far."""
     if not schema.KEY.fullmatch(clip_id):
         raise ValueError(f"{clip_id!r:.100} cannot be an id; give it a name of 1 to 80 letters, digits, - and _")
     in_place = "video" not in source.replaces
@@ -118,27 +123,57 @@ def convert_clip(raw: Path, clip_id: str, source: Source, cut: Cut, entry: Mappi
             "source": source.origin,
             "converted_from": fingerprint,
         }
-    parts, made = _parts(clip_id), _made(source)
+    parts, made = part_paths(clip_id), _made(source)
     mark = "labels_from" if in_place else "converted_from"
     if entry.get(mark) == fingerprint and all((raw / parts[name]).exists() for name in made):
-        return Converted(dict(entry), _labels_there(raw, parts), written=False)
+        return Converted(dict(entry), frozenset(), (), "")
+    intrinsics = frame_intrinsics(source.cameras.intrinsics_frac[numbers], framing)
+    cameras = Cameras(source.cameras.cam_from_world[numbers], intrinsics)
+    doubt = _doubt(source, numbers, framing, cameras)
 
     work = raw / UNFINISHED / clip_id
     shutil.rmtree(work, ignore_errors=True)
     for name in made:
         (work / parts[name]).parent.mkdir(parents=True, exist_ok=True)
-        (raw / parts[name]).parent.mkdir(parents=True, exist_ok=True)
     if "video" in made:
         with video_writer(work / parts["video"], fps, *framing.size) as add_picture:
             for picture in read_pictures(pictures):
                 add_picture(frame_picture(picture, framing))
-    intrinsics = frame_intrinsics(source.cameras.intrinsics_frac[numbers], framing)
-    cameras = Cameras(source.cameras.cam_from_world[numbers], intrinsics)
     if "cameras" in made:
         write_cameras(work / parts["cameras"], cameras)
     _write_labels(work, parts, source, numbers, framing, cameras)
-    _move(work, raw, parts, source.replaces, made)
-    return Converted({**(entry if in_place else {}), **record}, _labels_there(raw, parts), written=True)
+    kept = dict(entry) if in_place else {}
+    if "cameras" in made:  # fractions refer to the clip's own frames now
+        kept = {name: value for name, value in kept.items() if name not in ("original_width", "original_height")}
+    return Converted({**kept, **record}, source.replaces, made, doubt)
+
+
+def remove_replaced(raw: Path, converted: Converted) -> None:
+    """Takes the old parts of a clip away: without them it is incomplete, and nobody takes it for the old one or the new."""
+    for name, part in part_paths(converted.record["id"]).items():
+        old = raw / part
+        if name in converted.replaces and old.is_dir():
+            shutil.rmtree(old)
+        elif name in converted.replaces:
+            old.unlink(missing_ok=True)
+
+
+def place(raw: Path, converted: Converted) -> None:
+    """Brings the new parts of a clip to their places."""
+    parts = part_paths(converted.record["id"])
+    for name in converted.made:
+        (raw / parts[name]).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(raw / UNFINISHED / converted.record["id"] / parts[name], raw / parts[name])
+
+
+def part_paths(clip_id: str) -> dict[str, str]:
+    """Where a clip's files lie below a raw folder."""
+    return {
+        "video": f"videos/{clip_id}.mp4",
+        "depth": f"depth/{clip_id}",
+        "points": f"points/{clip_id}",
+        "cameras": f"camera_params/{clip_id}.txt",
+    }
 
 
 def _frames(source: Source, cut: Cut) -> list[int]:
@@ -211,30 +246,38 @@ def _write_labels(
             np.save(folders["points"] / f"frame_{t:04}.npy", seen.movedim(0, -1).float().contiguous().numpy())
 
 
-def _move(work: Path, raw: Path, parts: Mapping[str, str], replaces: frozenset[str], made: tuple[str, ...]) -> None:
-    """Old parts go and new ones come, the cameras last: without them the clip counts as unfinished."""
-    if made[-1] == "cameras":
-        (raw / parts["cameras"]).unlink(missing_ok=True)
-    for name in PARTS:
-        if name not in replaces:
-            continue
-        place = raw / parts[name]
-        if place.is_dir():
-            shutil.rmtree(place)
-        if name in made:
-            os.replace(work / parts[name], place)
-    shutil.rmtree(work)
-
-
-def _labels_there(raw: Path, parts: Mapping[str, str]) -> tuple[str, ...]:
-    return tuple(name for name in ("depth", "points") if (raw / parts[name]).exists())
+def _doubt(source: Source, numbers: list[int], framing: Framing, cameras: Cameras) -> str:
+    """Refuses poses of another convention, as far as depth shows them; says where depth and cameras do not fit otherwise."""
+    if source.depth is None or source.depth_kind != "metric":
+        return ""
+    fine = max(1, max(framing.size) // LOOKED_AT_PX)
+    framing = framing._replace(size=(framing.size[0] // fine, framing.size[1] // fine))
+    looked_at = sorted({round(i * (len(numbers) - 1) / (LOOKED_AT - 1)) for i in range(LOOKED_AT)})
+    framed = [frame_labels(source.depth(numbers[t]), source.region, framing) for t in looked_at]
+    depth = torch.from_numpy(np.stack(framed)).double()
+    depth = torch.where((depth > 0) & depth.isfinite(), depth, torch.nan)
+    pixels = intrinsics_px(cameras.intrinsics_frac[looked_at], *framing.size)
+    check = check_poses(depth, pixels, cameras.cam_from_world[looked_at])
+    if check.better:
+        raise ValueError(
+            f"from frame to frame the depth differs by {check.error:.1%} with these cameras, and by {check.better_error:.1%} if "
+            f"their poses are {check.better}; write them in the convention of the source's format"
+        )
+    if check.scale != 1:
+        return f"depth and cameras fit together if the depth is about {check.scale:.2g} times as large; bring them to the same units"
+    if check.error > DOUBTFUL:
+        return f"from frame to frame the depth differs by {check.error:.0%} (median); do depth and cameras belong together?"
+    return ""
 
 
 def _fingerprint(source: Source, pictures: Pictures, framing: Framing, numbers: list[int], fps: Fraction) -> str:
     """Changes with the settings and with any file that the clip is made from, by its size and time."""
     files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in (*pictures.files, *source.inputs)]
+    table = torch.cat((source.cameras.cam_from_world.flatten(1), source.cameras.intrinsics_frac), dim=1)
     facts = [
         FORMAT,
+        source.settings,
+        table.tolist(),
         framing,
         source.region,
         numbers,
@@ -244,12 +287,3 @@ def _fingerprint(source: Source, pictures: Pictures, framing: Framing, numbers: 
         sorted(source.replaces),
     ]
     return hashlib.sha256(json.dumps([facts, files]).encode()).hexdigest()[:32]
-
-
-def _parts(clip_id: str) -> dict[str, str]:
-    return {
-        "video": f"videos/{clip_id}.mp4",
-        "depth": f"depth/{clip_id}",
-        "points": f"points/{clip_id}",
-        "cameras": f"camera_params/{clip_id}.txt",
-    }

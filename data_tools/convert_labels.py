@@ -102,7 +102,8 @@ def _predicted(
     origin: str,
 ) -> Source:
     frames = len(pictures.names)
-    depth, points = arrays.get(DEPTH), arrays.get(POINTS)
+    depth = arrays.get(DEPTH)
+    points = arrays.get(POINTS) if depth is None else None
     height, width = _label_size(path, arrays)
     picture = pictures.height, pictures.width
     region = vggt_region(picture, (height, width)) if fit == "vggt" else fitted_region(picture, (height, width), fit)
@@ -133,9 +134,10 @@ def _predicted(
         pictures,
         Cameras(cam_from_world, region_intrinsics(fractions, region, picture)),
         depth=give_depth,
-        points=give_points if give_depth is None else None,
+        points=give_points,
         region=region,
         inputs=inputs,
+        settings=f"least confidence {least_confidence}",
         origin=origin,
     )
 

@@ -12,9 +12,10 @@ import av
 import numpy as np
 
 from data_tools import synth
+from fw_train.camera_files import read_cameras
 from fw_train.cli import main
 
-FRAMES, HEIGHT, WIDTH, FPS = 5, 64, 96, 16
+FRAMES, HEIGHT, WIDTH, FPS = 9, 64, 96, 16
 TOP, LEFT = 9, 3  # of these frames in larger ones of 80x112, so that the principal point is off the centre
 STEP_US = 62500
 
@@ -53,6 +54,31 @@ def make_scene(folder):
     part = np.s_[:, TOP : TOP + HEIGHT, LEFT : LEFT + WIDTH]
     centre = cx * 112 - LEFT, cy * 80 - TOP
     return Scene(pictures[part], depth[part], points[part], rotation, translation, fx * 112, *centre)
+
+
+def convert(*arguments):
+    return main(["data", "convert", *map(str, arguments), "--workers", "1"])
+
+
+def result(raw, clip="clip"):
+    """Cameras, depth and points of a raw folder's clip."""
+    labels = [
+        np.stack([np.load(path) for path in sorted((raw / kind / clip).glob("*.npy"))])
+        if (raw / kind / clip).is_dir()
+        else None
+        for kind in ("depth", "points")
+    ]
+    return read_cameras(raw / "camera_params" / f"{clip}.txt"), *labels
+
+
+def entries(raw):
+    return json.loads((raw / "metadata.json").read_text())
+
+
+def write_frames(scene, folder):
+    for t, picture in enumerate(scene.pictures):
+        write_image(folder / f"{t:04}.png", picture)
+    return folder
 
 
 def axis_turn(axis, angle):
