@@ -11,9 +11,9 @@ as 0 from `default` and `tight`, and as they were from `lossless`.
 Axes: T frames of a file, N decoded frames, P planes (1 depth, 3 points), H x W pixels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from operator import index
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +66,7 @@ TINY = np.float32(1e-30)  # below any distance that the lossy code takes, or its
 
 Float = NDArray[np.float32]
 Mask = NDArray[np.bool_]
+Allocate = Callable[[tuple[int, ...], Any], NDArray[Any]]  # as np.empty
 
 
 class Precision(NamedTuple):
@@ -132,15 +133,15 @@ def encode_points(points: Float, valid: Mask | None = None, *, preset: PresetNam
     return _encode("points", np.moveaxis(points, 3, 1), valid, preset)
 
 
-def decode_codes(data: Buffer, frames: Sequence[int] | None = None) -> Codes:
-    """Undoes the entropy coding of the given frames, in the given order; of all frames by default."""
+def decode_codes(data: Buffer, frames: Sequence[int] | None = None, empty: Allocate = np.empty) -> Codes:
+    """Undoes the entropy coding of the given frames, in the given order; of all frames by default. `empty` allocates planes."""
     header = read_header(data)
     chosen = np.array(_chosen(frames, header.frames), np.int64)
     is_lossless = header.table["mode"][chosen] == LOSSLESS
     lossy, lossless = np.flatnonzero(~is_lossless), np.flatnonzero(is_lossless)
     shape = PLANES[header.kind], header.height, header.width
-    deltas = np.empty((len(lossy), *shape), np.uint16)
-    exact = np.empty((len(lossless), *shape), np.float32)
+    deltas = empty((len(lossy), *shape), np.uint16)
+    exact = empty((len(lossless), *shape), np.float32)
     exact_valid = np.empty((len(lossless), *shape[1:]), np.bool_)
     for frame_deltas, frame in zip(deltas, chosen[lossy], strict=True):
         decompress_into(frame_chunks(data, header, frame)[0], frame_deltas, f"frame {frame}")

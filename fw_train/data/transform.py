@@ -9,6 +9,7 @@ Axes: `...` any leading axes, H x W pixels.
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from einops import pack, unpack
 from torch import Tensor
@@ -94,7 +95,8 @@ def cut_codes(codes: Codes, crop: CropResize) -> Codes:
     """Codes without what lies below and to the right of the window: deltas need all that is above and to the left of it."""
     bottom, right = crop.window[0] + crop.window[2], crop.window[1] + crop.window[3]
     kept = ..., slice(bottom), slice(right)
-    return codes._replace(deltas=codes.deltas[kept], exact=codes.exact[kept], exact_valid=codes.exact_valid[kept])
+    deltas, exact = np.ascontiguousarray(codes.deltas[kept]), np.ascontiguousarray(codes.exact[kept])
+    return codes._replace(deltas=deltas, exact=exact, exact_valid=np.ascontiguousarray(codes.exact_valid[kept]))
 
 
 def _even(side: float) -> int:

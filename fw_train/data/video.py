@@ -4,9 +4,9 @@ Axes: T frames, H x W pixels as displayed, so with the file's rotation applied; 
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import av
 import numpy as np
@@ -15,9 +15,10 @@ from av.sidedata.sidedata import Type
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fw_train.data.codec import Allocate
+
 Planes = NDArray[np.uint8]
 Window = tuple[int, int, int, int]  # top, left, height, width
-Allocate = Callable[[tuple[int, ...], Any], NDArray[Any]]
 
 # Shares of red and blue in luma, by the number that H.273 gives the matrix; without one it is BT.601, as ffmpeg has it.
 _LUMA = {1: (0.2126, 0.0722), 4: (0.30, 0.11), 7: (0.212, 0.087), 9: (0.2627, 0.0593), 10: (0.2627, 0.0593)}
