@@ -31,7 +31,15 @@ from fw_train.checkpoint_fragments import checked_pieces, data_size
 from fw_train.checkpoint_layout import STAGING, FileRecord, Manifest, checkpoints_folder, scan, state_tree, weights_name
 from fw_train.checkpoint_retention import remove_superseded
 from fw_train.checkpoint_schedule import SaveSchedule
-from fw_train.checkpoint_writing import HostCopies, await_ranks, clear_leftovers, commit, report_failure, write_rank
+from fw_train.checkpoint_writing import (
+    HostCopies,
+    await_ranks,
+    clear_leftovers,
+    commit,
+    give_up,
+    report_failure,
+    write_rank,
+)
 from fw_train.dist import World, gather_texts
 from fw_train.engine.base import Fragment
 from fw_train.run_state import RunState
@@ -151,7 +159,7 @@ class CheckpointSaver:
             except Exception as problem:  # whatever it is, training goes on and the run hears of it
                 error = f"{type(problem).__name__}: {problem}"
                 if self._world.rank == 0:
-                    shutil.rmtree(staging, ignore_errors=True)
+                    give_up(staging)
                 else:
                     report_failure(staging, self._world.rank, error)
             self._result = Outcome(step, path, written, time.perf_counter() - started, error)

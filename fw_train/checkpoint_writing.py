@@ -108,6 +108,8 @@ def report_failure(staging: Path, rank: int, text: str) -> None:
     try:
         (staging / data_name(rank)).unlink(missing_ok=True)
         (staging / _failure_name(rank)).write_text(text)
+    except FileNotFoundError:
+        log.debug("rank %d: rank 0 has given this save up: %s", rank, text)
     except OSError as error:
         log.warning("rank %d could not report that its save failed (%s): %s", rank, text, error)
 
@@ -155,6 +157,14 @@ def commit(staging: Path, folder: Path, manifest: Manifest) -> Path:
     if replaced.exists():
         discard(replaced)
     return path
+
+
+def give_up(staging: Path) -> None:
+    """Removes an unfinished save; renamed first, because other ranks may still be making files in it."""
+    try:
+        discard(staging)
+    except OSError as error:
+        log.warning("%s could not be removed (%s); the next save tries again", staging, error)
 
 
 def clear_leftovers(folder: Path) -> None:
