@@ -32,6 +32,7 @@ COMMANDS: dict[str, Command | Group] = {
                 "data_tools.convert", "bring clips, cameras and labels of other tools into a raw folder"
             ),
             "pack": Command("data_tools.pack", "pack a raw folder into WebDataset tars"),
+            "encode": Command("data_tools.encode", "encode videos and captions once, in tars beside the shards"),
             "verify": Command("data_tools.verify", "check every byte of a packed dataset"),
             "info": Command("data_tools.info", "describe a packed dataset"),
             "preview": Command("data_tools.preview", "draw a sample of a packed dataset as a PNG"),

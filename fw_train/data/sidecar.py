@@ -21,7 +21,7 @@ from fw_train.data.sidecar_files import (
     parse_row,
     read_manifest,
 )
-from fw_train.data.sidecar_tensor import KINDS, latent_shape, parse_tensor, suffix_of
+from fw_train.data.sidecar_tensor import KINDS, LATENT_KINDS, latent_shape, parse_tensor, suffix_of
 
 __all__ = ["KINDS", "Sidecar", "fingerprint", "read_empty_text"]
 
@@ -65,7 +65,7 @@ class Sidecar:
             )
         data = self._files.read(shard, key, place._replace(suffix=suffix_of(self.kind)))
         tensor = parse_tensor(self.kind, data, where)
-        if self.kind in ("image", "latent"):
+        if self.kind in LATENT_KINDS:
             wanted = latent_shape(self.facts, self._bucket(row))
             if tensor.shape != wanted:
                 raise ShardError(f"{where} is {list(tensor.shape)}, its bucket needs {list(wanted)}; {REMEDY}")

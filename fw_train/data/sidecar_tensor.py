@@ -17,6 +17,9 @@ from fw_train.data.shards import ShardError
 
 KINDS = tuple(suffix.split(".")[0] for suffix in SIDECAR_SUFFIXES)  # names of folders, and of the tensors
 
+LATENT_KINDS = ("image", "latent")
+RESIZE = "cover-centre-area"  # data/transform.py: the largest centred window, scaled with antialiasing
+
 # Latents of about unit variance lose 8 times less in fp16 than in bf16, in the same space; the text encoder's output is bf16.
 DTYPES = {"clip": torch.float16, "image": torch.float16, "latent": torch.float16, "text": torch.bfloat16}
 
@@ -49,13 +52,27 @@ def parse_tensor(kind: str, data: bytes, where: str) -> Tensor:
 
 def check_tensor(kind: str, tensor: Tensor, where: str) -> None:
     """Refuses another dtype, an impossible shape, NaN and infinity."""
-    dimensions = 4 if kind in ("image", "latent") else 2
+    dimensions = 4 if kind in LATENT_KINDS else 2
     fits = tensor.ndim == dimensions and tensor.numel() > 0 and (dimensions == 2 or len(tensor) == LATENT_CHANNELS)
     if not fits or tensor.dtype != DTYPES[kind]:
         wanted = f"[{LATENT_CHANNELS}, F, H/8, W/8]" if dimensions == 4 else "[L, D]"
         raise ShardError(f"{where} is {tensor.dtype} {list(tensor.shape)}; {DTYPES[kind]} {wanted} is needed")
     if not tensor.isfinite().all():
         raise ShardError(f"{where} holds NaN or infinity")
+
+
+def sidecar_facts(
+    kind: str, encoder: Mapping[str, Any], size: tuple[int, int] | None = None, frames: int | None = None
+) -> dict[str, Any]:
+    """What decides the numbers of a sidecar: the encoder's facts, and how clips are brought to it; None leaves them as they are."""
+    facts = {**encoder, "dtype": str(DTYPES[kind]).removeprefix("torch.")}
+    if kind != "text":
+        facts |= {"size": "native" if size is None else list(size), "resize": RESIZE}
+    if kind in LATENT_KINDS:
+        facts |= {"frames": "native" if frames is None else frames}
+    if kind == "image":
+        facts |= {"video": "first frame, then zeros"}
+    return facts
 
 
 def latent_shape(facts: Mapping[str, Any], bucket: Bucket) -> tuple[int, int, int, int]:
