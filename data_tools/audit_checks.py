@@ -15,7 +15,7 @@ from data_tools.audit_geometry import Diagnosis, Labels
 from fw_train.batch import DepthKind
 from fw_train.geometry import Cameras, relative_to_first, rotation_angle_deg
 
-GRID = 40  # pixels along each side that geometry is compared at
+GRID = 28  # pixels along each side that geometry is compared at
 MOVES_PX = 1.0  # between two frames; a camera that moves less may leave the picture as it is
 STILL_PER_PX = 0.03  # grey levels of change by which a picture may differ from a repeated one, per pixel of motion
 STILL_SHARE = 0.1  # of the change per pixel of motion that the clip has elsewhere
@@ -123,7 +123,7 @@ def check_geometry(diagnosis: Diagnosis, chosen: Sequence[int], tolerance: float
     """What a diagnosis says, in words."""
     given, repaired = diagnosis.given, diagnosis.repaired
     if diagnosis.changes:
-        end = f"; the error falls from {_percent(given.error)} to {_percent(repaired.error)}"
+        end = f"; the error falls from {percent(given.error)} to {percent(repaired.error)}"
         if diagnosis.alike:
             end += f"; this clip looks the same where {' or where '.join(diagnosis.alike)}"
         pairs = zip(diagnosis.changes, diagnosis.sentences, strict=True)
@@ -134,8 +134,8 @@ def check_geometry(diagnosis: Diagnosis, chosen: Sequence[int], tolerance: float
     return [
         Finding(
             "geometry-disagrees",
-            f"unprojected depth is {_percent(given.error)} off the points in {frames_text(wrong)}, of {frames_text(chosen)} that "
-            f"were compared; no single mistake explains it, the best guess leaves {_percent(diagnosis.best.error)}",
+            f"unprojected depth is {percent(given.error)} off the points in {frames_text(wrong)}, of {frames_text(chosen)} that "
+            f"were compared; no single mistake explains it, the best guess leaves {percent(diagnosis.best.error)}",
         )
     ]
 
@@ -153,8 +153,8 @@ def check_coverage(depth: Float, points: Float, both: Float, least: float) -> li
         found.append(
             Finding(
                 "low-coverage",
-                f"{_percent(both[few].min())} of the pixels have depth and points in frame {few[both[few].argmin()]}, "
-                f"less than {_percent(least)} in {frames_text(few)}; the clip has {_percent(both.mean())}",
+                f"{percent(both[few].min())} of the pixels have depth and points in frame {few[both[few].argmin()]}, "
+                f"less than {percent(least)} in {frames_text(few)}; the clip has {percent(both.mean())}",
             )
         )
     return found
@@ -182,7 +182,7 @@ def check_motion(change: Float, motion_px: Float, repeated: Bits) -> list[Findin
             found.append(
                 Finding(
                     "frozen-video",
-                    f"the picture stays the same up to {frames_text(np.flatnonzero(frozen) + 1)} of {len(change) + 1} while "
+                    f"{frames_text(np.flatnonzero(frozen) + 1)} of {len(change) + 1} show the picture of the frame before while "
                     f"the camera moves by {motion_px[frozen].mean():.1f} px a frame; it changes by "
                     f"{change[frozen].mean():.2f} grey levels there, by {np.median(change):.2f} in the clip",
                 )
@@ -213,5 +213,5 @@ def spans(frames: Sequence[int] | NDArray[np.int64]) -> str:
     return ", ".join(parts[:8]) + (", ..." if len(parts) > 8 else "")
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
+def percent(share: float) -> str:
+    return "less than 0.01 %" if 0 < share < 1e-4 else f"{100 * share:.3g} %"

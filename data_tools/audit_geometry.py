@@ -173,16 +173,14 @@ def metric_depth(labels: Labels, z: Tensor) -> Tensor:
 
 def robust_fit(rows: Tensor, wanted: Tensor) -> Tensor:
     """The solution [K] of rows [M, K] x = wanted [M] with small absolute residuals, not squares: outliers count little."""
-    weight = torch.ones_like(wanted)
+    size = rows.norm(dim=0).clamp_min(1e-300)  # columns of pixels and of fractions side by side
+    rows, weight = rows / size, torch.ones_like(wanted)
     solution = rows.new_zeros(rows.shape[1])
     for _ in range(ROUNDS):
-        weighted = rows * weight[:, None]
-        scale = weighted.norm(dim=0).clamp_min(1e-300)  # columns of pixels and of fractions side by side
-        solution = (
-            torch.linalg.lstsq(weighted / scale, (wanted * weight)[:, None], driver="gelsd").solution[:, 0] / scale
-        )
-        weight = (rows @ solution - wanted).abs().clamp_min(SHARP).rsqrt()
-    return solution
+        weighted = rows.mT * weight
+        solution = torch.linalg.pinv(weighted @ rows, hermitian=True) @ (weighted @ wanted)
+        weight = 1 / (rows @ solution - wanted).abs().clamp_min(SHARP)
+    return solution / size
 
 
 def _poses(labels: Labels, cam_from_world: Tensor, what: str) -> Changed:

@@ -36,6 +36,7 @@ COMMANDS: dict[str, Command | Group] = {
             "verify": Command("data_tools.verify", "check every byte of a packed dataset"),
             "info": Command("data_tools.info", "describe a packed dataset"),
             "preview": Command("data_tools.preview", "draw a sample of a packed dataset as a PNG"),
+            "audit": Command("data_tools.audit", "name what is wrong with a packed dataset's labels, with pictures"),
         },
     ),
     "bench": Group(
