@@ -1,14 +1,16 @@
-"""Say what a packed dataset holds: sizes and lengths, bytes, compression, label errors, captions.
+"""Say what a packed dataset holds: sizes and lengths, bytes, compression, label errors, captions, and what is encoded.
 
     fw data info packed/
 
-Reads the manifest alone; `fw data verify` checks that it is true.
+Reads the manifests alone; `fw data verify` checks that it is true.
 """
 
 import argparse
 from pathlib import Path
 
 from fw_train.data.manifest import REJECTS, Dataset, LabelTotals, Totals
+from fw_train.data.sidecar_files import read_manifest
+from fw_train.data.sidecar_tensor import KINDS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +45,27 @@ def run(args: argparse.Namespace) -> int:
     print(f"{'video':<10}{_size(totals.video_bytes):>12}")
     print(f"\ncaptions missing: {totals.captions_missing}")
     print(f"clips rejected: {header.rejects}" + (f" ({args.out / REJECTS})" if header.rejects else ""))
+    _print_sidecars(dataset)
     return 0
+
+
+def _print_sidecars(dataset: Dataset) -> None:
+    for kind in KINDS:
+        folder = dataset.folder / kind
+        if not folder.is_dir():
+            continue
+        try:
+            manifest = read_manifest(folder, kind)
+        except ValueError as error:
+            print(f"\n{kind}: {error}")
+            continue
+        facts = ", ".join(f"{name} {value}" for name, value in manifest.facts.items())
+        size = _size(sum(line.tar_bytes for line in manifest.shards))
+        stale = manifest.header.dataset_sha256 != dataset.manifest.header.rows_sha256
+        print(
+            f"\n{kind}: {size}, fingerprint {manifest.header.fingerprint[:16]}{', of other samples than these' * stale}"
+        )
+        print(f"  {facts}")
 
 
 def _together(totals: Totals) -> LabelTotals:

@@ -1,11 +1,11 @@
-"""Check a packed dataset: that every file is there, unchanged, and decodes.
+"""Check a packed dataset and what `fw data encode` wrote beside it: that every file is there, unchanged, and decodes.
 
     fw data verify packed/
     fw data verify packed/ --fast      # headers, indexes and small members alone: finds what is missing, cut or mixed up
 
 Each problem is a line with file, key and member; the exit code is 1 if there is any. A flipped bit in video or label data is
 found by the full check alone. `fw data pack` with the same arguments writes damaged indexes and missing shards again; a shard
-that is damaged inside is to be deleted first.
+that is damaged inside is to be deleted first. `fw data encode` does the same for its folders.
 """
 
 import argparse
@@ -13,8 +13,7 @@ import hashlib
 import logging
 import mmap
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +21,8 @@ from typing import NamedTuple
 import numpy as np
 
 from data_tools.pack_sample import sample_totals
+from data_tools.problems import Problem, problems_of
+from data_tools.verify_sidecar import verify_sidecars
 from data_tools.work import Progress, add_workers, run_parallel
 from fw_train.data import schema
 from fw_train.data.codec import decode_codes, read_header
@@ -48,18 +49,6 @@ from fw_train.data.strict_json import SchemaError
 log = logging.getLogger(__name__)
 
 
-class Problem(NamedTuple):
-    """One thing that is wrong; key and member are empty where it concerns the file."""
-
-    file: str
-    key: str
-    member: str
-    what: str
-
-    def __str__(self) -> str:
-        return ": ".join(part for part in (self.file, self.key, self.member, self.what) if part)
-
-
 @dataclass(frozen=True)
 class ShardResult:
     shard: str
@@ -77,6 +66,7 @@ class Job(NamedTuple):
 class Found(NamedTuple):
     samples: int
     shards: int
+    sidecars: int
     problems: list[Problem]
 
 
@@ -95,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.out}: {len(found.problems)} problems in {len(damaged)} files")
         return 1
     how = "headers and indexes are" if args.fast else "everything is"
-    print(f"{args.out}: {found.samples} samples in {found.shards} shards; {how} in order")
+    sidecars = f", encoded in {found.sidecars} folders beside them" if found.sidecars else ""
+    print(f"{args.out}: {found.samples} samples in {found.shards} shards{sidecars}; {how} in order")
     return 0
 
 
@@ -105,7 +96,7 @@ def verify(folder: Path, fast: bool = False, workers: int = 1) -> Found:
         raise ShardError(f"no folder {folder}")
     problems: list[Problem] = []
     manifest: Manifest | None = None
-    with _problems_of(MANIFEST, problems):
+    with problems_of(MANIFEST, problems):
         manifest = read_manifest(folder)
     listed = {line.shard: line for line in manifest.shards} if manifest else {}
     shards = sorted({*listed, *iter_shards(folder)})
@@ -126,7 +117,11 @@ def verify(folder: Path, fast: bool = False, workers: int = 1) -> Found:
     samples = sum(len(index.samples) for index in indexes)
     if not samples and not problems:
         problems.append(Problem(MANIFEST, "", "", f"the dataset holds no samples; {REJECTS} says why"))
-    return Found(samples, len(shards), sorted(set(problems)))
+    sidecars = 0
+    if manifest:
+        sidecars, more = verify_sidecars(folder, manifest, indexes, fast, workers)
+        problems += more
+    return Found(samples, len(shards), sidecars, sorted(set(problems)))
 
 
 def check_shard(job: Job, advance: Callable[[int], None]) -> ShardResult:
@@ -134,7 +129,7 @@ def check_shard(job: Job, advance: Callable[[int], None]) -> ShardResult:
     folder, problems = Path(job.folder), list[Problem]()
     tar, index_file = shard_path(folder, job.shard), index_path(folder, job.shard)
     index: ShardIndex | None = None
-    with _problems_of(index_file.name, problems):
+    with problems_of(index_file.name, problems):
         index = read_index(folder, job.shard)
     if not tar.is_file():
         problems.append(Problem(tar.name, "", "", "is missing"))
@@ -151,7 +146,7 @@ def _check_tar(tar: Path, index: ShardIndex | None, job: Job, problems: list[Pro
         what = f"{'is truncated: ' if size < source.tar_bytes else ''}{size} bytes instead of {source.tar_bytes}"
         problems.append(Problem(tar.name, "", "", what))
     entries: list[Entry] | None = None
-    with _problems_of(tar.name, problems):
+    with problems_of(tar.name, problems):
         entries = scan_tar(tar, schema.SUFFIXES)
     samples = index.samples if index else _from_entries(entries or [])
     if index and entries is not None:
@@ -217,7 +212,7 @@ def _check_sample(
             whole.add(suffix)
     info: SampleInfo | None = None
     if INFO in whole:
-        with _problems_of(tar, problems, key, INFO):
+        with problems_of(tar, problems, key, INFO):
             facts = schema.parse_info(bytes(contents[INFO]), "it")
             bucket = Bucket.parse(index.header.bucket) if index else facts.bucket
             if facts.key != key or facts.bucket != bucket:
@@ -226,7 +221,7 @@ def _check_sample(
     if info is None:
         return None
     for suffix in sorted(whole - {INFO}):
-        with _problems_of(tar, problems, key, suffix):
+        with problems_of(tar, problems, key, suffix):
             check_member(suffix, contents[suffix], info, fast)
     for part in contents.values():
         part.release()
@@ -257,7 +252,7 @@ def check_member(suffix: str, data: Buffer, info: SampleInfo, fast: bool) -> Non
 def _check_joint_files(folder: Path, indexes: list[ShardIndex], manifest: Manifest | None) -> list[Problem]:
     """Compares what follows from the indexes with what is there."""
     problems: list[Problem] = []
-    with _problems_of(MANIFEST, problems):
+    with problems_of(MANIFEST, problems):
         files = dataset_files(indexes)
         for name, wanted in ((ROWS, files.rows), (REJECTS, files.rejects), (MANIFEST, files.manifest)):
             path = folder / name
@@ -291,12 +286,3 @@ def _check_hashes(folder: Path, manifest: Manifest) -> list[Problem]:
         elif hashlib.sha256(path.read_bytes()).hexdigest() != wanted:
             problems.append(Problem(name, "", "", f"its SHA-256 is not the one in {MANIFEST}"))
     return problems
-
-
-@contextmanager
-def _problems_of(file: str, problems: list[Problem], key: str = "", member: str = "") -> Iterator[None]:
-    """Notes what is raised within, and goes on behind it."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        problems.append(Problem(file, key, member, str(error)))
