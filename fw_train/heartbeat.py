@@ -2,10 +2,10 @@
 
 import json
 import linecache
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fw_train.identity import Process, process_from_json, state
 
@@ -39,6 +39,13 @@ class Heartbeat(NamedTuple):
         return bool(self.stack) and any(folder in self.stack[-1] for folder in WAITS_IN)
 
 
+class Trace(NamedTuple):
+    """What a rank left behind outside its signs of life, which may be two seconds old when it falls silent."""
+
+    place: Place | None
+    dump: str  # the stacks that faulthandler wrote while the interpreter was blocked
+
+
 @dataclass
 class Seen:
     """What an observer knows of a rank, in seconds of the observer's own clock."""
@@ -52,7 +59,7 @@ class Seen:
         before = self.heartbeat
         if before is None or heartbeat.number != before.number:
             self.alive_at = now
-        if before is None or heartbeat.place.beats != before.place.beats:
+        if before is None or (heartbeat.place.beats, heartbeat.left) != (before.place.beats, before.left):
             self.moved_at = now
         self.heartbeat = heartbeat
 
@@ -84,67 +91,104 @@ def to_json(heartbeat: Heartbeat) -> bytes:
     return json.dumps(heartbeat).encode()
 
 
+def place_to_json(place: Place) -> bytes:
+    """A line, so that what is left of a longer one behind it does no harm."""
+    return json.dumps(place).encode() + b"\n"
+
+
+def place_from_json(data: bytes) -> Place:
+    return _place(json.loads(data.partition(b"\n")[0]))
+
+
 def from_json(data: bytes) -> Heartbeat:
     rank, process, number, place, stack, left = json.loads(data)
-    phase, step, in_step, beats, keys, begun = place
-    return Heartbeat(
-        rank,
-        process_from_json(process),
-        number,
-        Place(phase, step, in_step, beats, tuple(keys), begun),
-        tuple(stack),
-        left,
-    )
+    return Heartbeat(rank, process_from_json(process), number, _place(place), tuple(stack), left)
 
 
-def judge(
+def judge_silence(
     seen: Mapping[int, Seen],
     now: float,
     hang_s: float,
     first_step_s: float,
     here: Process,
-    dump_of: Callable[[int], str],
+    trace_of: Callable[[int], Trace],
 ) -> Verdict | None:
-    """Who hangs, if anybody does; `dump_of` reads the stacks that a rank wrote while its interpreter was blocked."""
-    present = {rank: one for rank, one in seen.items() if one.heartbeat is None or not one.heartbeat.left}
-    missing = [r for r, one in present.items() if one.heartbeat is None and now - one.alive_at > first_step_s]
+    """Who gives no sign of life, if anybody."""
+    missing = [rank for rank, one in seen.items() if one.heartbeat is None and now - one.alive_at > first_step_s]
     if missing:
         names = _names(missing)
         text = f"{names} never appeared in {first_step_s:.0f} s: not started, or the run's folder is not shared by all hosts"
         return Verdict(tuple(missing), text, text, ())
-    beating = {rank: (one, one.heartbeat) for rank, one in present.items() if one.heartbeat is not None}
-    silent = {rank: why for rank, (one, hb) in beating.items() if (why := _silence(one, hb, now, hang_s, here))}
-    if silent:
-        rows = [_row(rank, beating[rank][1], why, dump_of(rank)) for rank, why in silent.items()]
-        first = next(iter(silent))
-        return Verdict(
-            tuple(silent),
-            f"{_names(silent)} {silent[first]} ({_where(beating[first][1].place)})",
-            "\n".join(rows),
-            tuple(beating[rank][1].process for rank in silent),
-        )
-    still = {
-        rank: now - one.moved_at
-        for rank, (one, hb) in beating.items()
-        if now - one.moved_at > (hang_s if hb.place.steps_begun >= 2 else first_step_s)
+    silent = {
+        rank: (one.heartbeat, why)
+        for rank, one in seen.items()
+        if one.heartbeat is not None
+        and not one.heartbeat.left
+        and (why := _silence(one, one.heartbeat, now, hang_s, here))
     }
-    if not still:
+    if not silent:
         return None
-    # All stand still when one does. Who waits for others is not to blame, nor is who has come further.
-    suspects = {rank: hb for rank, (_, hb) in beating.items() if not hb.waits} or {
-        r: hb for r, (_, hb) in beating.items()
+    traces = {rank: trace_of(rank) for rank in silent}
+    last = {
+        rank: heartbeat._replace(place=traces[rank].place or heartbeat.place) for rank, (heartbeat, _) in silent.items()
     }
+    first = min(silent)
+    return Verdict(
+        tuple(silent),
+        f"{_names(silent)} {silent[first][1]} ({where(last[first].place)})",
+        "\n".join(describe(heartbeat, silent[rank][1], traces[rank].dump) for rank, heartbeat in last.items()),
+        tuple(heartbeat.process for heartbeat in last.values()),
+    )
+
+
+def judge_standstill(
+    seen: Mapping[int, Seen], now: float, hang_s: float, first_step_s: float, settle_s: float
+) -> Verdict | None:
+    """Whom all others wait for, if nobody gets on; needs all ranks, for those that wait stand still as well.
+
+    Once a slow rank has come, those that waited for it look late until their next sign of life: that may take `settle_s`.
+    """
+    beating = {
+        rank: one.heartbeat for rank, one in seen.items() if one.heartbeat is not None and not one.heartbeat.left
+    }
+    idle = {rank: now - seen[rank].moved_at for rank in beating}
+    still = {r for r, hb in beating.items() if idle[r] > (hang_s if hb.place.steps_begun >= 2 else first_step_s)}
+    if not still or now - max(one.moved_at for one in seen.values()) < settle_s:
+        return None
+    # Who waits in a collective is not to blame, nor is who has come further.
+    suspects = {rank: hb for rank, hb in beating.items() if not hb.waits} or beating
     least = min((hb.place.step, hb.place.in_step) for hb in suspects.values())
     culprits = {rank: hb for rank, hb in suspects.items() if (hb.place.step, hb.place.in_step) == least}
-    if not culprits.keys() <= still.keys():
+    if not culprits.keys() <= still:
         return None  # the one that all wait for is slow, but it moves
-    rows = [_row(r, hb, f"has done nothing for {still[r]:.0f} s", dump_of(r)) for r, hb in culprits.items()]
-    others = [rank for rank in beating if rank not in culprits]
-    if others:
-        rows.append(f"the others: {'; '.join(_groups({r: beating[r][1] for r in others}))}")
-    first, place = next((rank, hb.place) for rank, hb in culprits.items())
-    headline = f"{_names(culprits)} hangs: nothing done for {still[first]:.0f} s ({_where(place)})"
+    rows = [describe(hb, f"has done nothing for {idle[rank]:.0f} s") for rank, hb in culprits.items()]
+    others = {rank: hb for rank, hb in beating.items() if rank not in culprits}
+    rows += [f"the others: {'; '.join(_groups(others))}"] * bool(others)
+    first = min(culprits)
+    headline = f"{_names(culprits)} hung: nothing done for {idle[first]:.0f} s ({where(culprits[first].place)})"
     return Verdict(tuple(culprits), headline, "\n".join(rows), ())
+
+
+def describe(heartbeat: Heartbeat, what: str, dump: str = "") -> str:
+    """Who a rank is, what is with it, where it is and what it calls."""
+    stack = dump.strip().splitlines() or heartbeat.stack or ("not known",)
+    label = (
+        "its threads, most recent call first"
+        if dump.strip()
+        else "its stack at the last sign of life, most recent call last"
+    )
+    lines = [f"rank {heartbeat.rank} ({heartbeat.process}) {what}", f"  {where(heartbeat.place)}", f"  {label}:"]
+    return "\n".join(lines + [f"    {line}" for line in stack])
+
+
+def where(place: Place) -> str:
+    keys = f", samples {', '.join(place.keys)}" if place.keys else ""
+    return f"phase {place.phase}, {f'step {place.step}' if place.step >= 0 else 'before the first step'}{keys}"
+
+
+def _place(fields: Any) -> Place:
+    phase, step, in_step, beats, keys, begun = fields
+    return Place(phase, step, in_step, beats, tuple(keys), begun)
 
 
 def _silence(one: Seen, heartbeat: Heartbeat, now: float, hang_s: float, here: Process) -> str:
@@ -169,27 +213,15 @@ def _silence(one: Seen, heartbeat: Heartbeat, now: float, hang_s: float, here: P
     return f"does not answer for {now - one.alive_at:.0f} s: {why}"
 
 
-def _row(rank: int, heartbeat: Heartbeat, what: str, dump: str) -> str:
-    stack = dump.strip().splitlines() if dump.strip() else [*heartbeat.stack] or ["not known"]
-    label = "its threads, most recent call first" if dump.strip() else "its stack, most recent call last"
-    lines = [f"rank {rank} ({heartbeat.process}) {what}", f"  {_where(heartbeat.place)}", f"  {label}:"]
-    return "\n".join(lines + [f"    {line}" for line in stack])
-
-
-def _where(place: Place) -> str:
-    keys = f", samples {', '.join(place.keys)}" if place.keys else ""
-    return f"phase {place.phase}, {f'step {place.step}' if place.step >= 0 else 'before the first step'}{keys}"
-
-
 def _groups(heartbeats: Mapping[int, Heartbeat]) -> list[str]:
     places: dict[str, list[int]] = {}
     for rank, heartbeat in heartbeats.items():
         call = heartbeat.stack[-1] if heartbeat.stack else "?"
-        places.setdefault(f"{_where(heartbeat.place._replace(keys=()))}, {call}", []).append(rank)
+        places.setdefault(f"{where(heartbeat.place._replace(keys=()))}, {call}", []).append(rank)
     return [f"{_names(ranks)} in {place}" for place, ranks in places.items()]
 
 
-def _names(ranks: Mapping[int, object] | list[int]) -> str:
+def _names(ranks: Collection[int]) -> str:
     """`rank 3`, or `ranks 0-2, 5`."""
     runs: list[list[int]] = []
     for rank in sorted(ranks):

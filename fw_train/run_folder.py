@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 RENEW_S = 2.0
 STALE_S = 30.0  # an owner on another machine that has not counted for so long has gone
+ENDING_S = 2.0  # an owner on this machine may be about to end: killed processes take a moment to go
 LOOK_S = 0.2
 
 State = Literal["running", "stopped", "finished", "failed"]
@@ -146,24 +147,21 @@ def _await_end(path: Path, number: int, here: Process) -> None:
     """Returns once the owner is known to be gone; RunFolderBusy as soon as it is known to live."""
     file = _file(path, number)
     lease, first = _read(file)
-    deadline = time.monotonic() + STALE_S
-    while True:
-        if lease and lease.released:
-            return
+    data, began = first, time.monotonic()
+    while not (lease and lease.released):
+        owner = str(lease.owner) if lease else "an owner whose lease is unreadable"
         known = state(lease.owner, here) if lease else None
         if known == "gone":
-            log.warning("%s was left by %s, which has gone; taking it over", path, lease.owner if lease else "nobody")
+            log.warning("%s was left by %s, which has ended; taking it over", path, owner)
             return
-        lease, now = _read(file)
-        if known is not None or now != first:
+        waited_s = time.monotonic() - began
+        if (data != first) if known is None else (waited_s > ENDING_S):
             raise RunFolderBusy(_busy(path, lease))
-        if time.monotonic() > deadline:
-            log.warning(
-                "%s: %s has not renewed its lease for %.0f s and is taken to be gone; taking it over",
-                path, lease.owner if lease else "an owner whose lease is unreadable", STALE_S,
-            )  # fmt: skip
+        if waited_s > STALE_S:
+            log.warning("%s: %s has not renewed its lease for %.0f s; taking it over", path, owner, STALE_S)
             return
         time.sleep(LOOK_S)
+        lease, data = _read(file)
 
 
 def _busy(path: Path, lease: Lease | None) -> str:

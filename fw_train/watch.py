@@ -5,6 +5,7 @@ works where communication hangs, which is when it is needed. Ranks 0 and 1 look 
 a hundred ranks cost the file server little. Durations are those of the observer's own clock.
 """
 
+import contextlib
 import faulthandler
 import json
 import logging
@@ -20,7 +21,22 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn, TextIO
 
 from fw_train.atomic_files import replace_file
-from fw_train.heartbeat import Heartbeat, Place, Seen, Verdict, from_json, judge, stack_of, to_json
+from fw_train.heartbeat import (
+    Heartbeat,
+    Place,
+    Seen,
+    Trace,
+    Verdict,
+    describe,
+    from_json,
+    judge_silence,
+    judge_standstill,
+    place_from_json,
+    place_to_json,
+    stack_of,
+    to_json,
+    where,
+)
 from fw_train.identity import Process, kill, process_from_json, state, this_process
 from fw_train.run_folder import Status, current_token, write_status
 
@@ -70,6 +86,7 @@ class Watch:
         what this start alone has and all its ranks know, by default the token of the folder's lease."""
         self._folder, self.rank, self.world = folder, rank, world
         self._hang_s, self._first_step_s, self._stream = hang_s, first_step_s, stream
+        self._publish_s = min(PUBLISH_S, hang_s / 6)
         token = session or current_token(folder)
         if token is None:
             raise ValueError(f"{folder} has no owner; rank 0 must claim it before its ranks are watched")
@@ -82,13 +99,14 @@ class Watch:
                 if leftover != self._room:
                     shutil.rmtree(leftover, ignore_errors=True)
         self._place = Place()
-        self._number, self._left = 0, ""
+        self._number, self._left, self._written = 0, "", True
         self._publishing = threading.Lock()
         self._ending = threading.Lock()  # taken once, by the thread that ends this process
         self._closed = threading.Event()
         # Written by faulthandler's own thread when this interpreter is blocked; synchronous, so that other hosts see it.
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_SYNC
         self._dump = os.open(self._room / f"rank-{rank}.stack", flags, 0o644)
+        self._place_file = os.open(self._room / f"rank-{rank}.place", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self._publish()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
@@ -105,6 +123,9 @@ class Watch:
             tuple(keys) or (at.keys if same else ()),
             at.steps_begun + (not same),
         )
+        # Into the kernel's memory, from where it reaches the file even if this process is stopped or killed right after.
+        with contextlib.suppress(OSError):
+            os.pwrite(self._place_file, place_to_json(self._place), 0)
 
     def fail(self, error: BaseException) -> NoReturn:
         """Ends all ranks for an error of this one; the first error is shown last, and those that follow from it not at all."""
@@ -118,16 +139,19 @@ class Watch:
             mine = Failure(self.rank, FAILED, headline, (self.rank,), ())
             first = self._publish_failure(mine)
             if first == mine:
-                where = f"step {self._place.step}" if self._place.step >= 0 else "before the first step"
-                keys = f", samples {', '.join(self._place.keys)}" if self._place.keys else ""
                 trace = "".join(traceback.format_exception(error))
-                self._speak_last(mine, f"rank {self.rank} failed in phase {self._place.phase}, {where}{keys}\n{trace}")
+                self._speak_last(mine, f"rank {self.rank} failed in {where(self._place)}\n{trace}")
             self._leave(first, also=summary)
         time.sleep(BACKSTOP_S)  # the watching thread ends this process
         os._exit(FAILED)
 
+    def whereabouts(self, rank: int) -> str:
+        """Where a rank is at the moment, with samples and stack, by its last sign of life; for a rank that is slow."""
+        heartbeat = self._heartbeat(rank)
+        return describe(heartbeat, "is here:") if heartbeat else f"rank {rank} has given no sign of life yet"
+
     def close(self) -> None:
-        """This rank has done its work; nobody waits for its signs of life any more."""
+        """Ends the signs of life; call it when all ranks have done their work, for who has closed looks after nobody."""
         self._closed.set()
         self._thread.join(PUBLISH_S)
         faulthandler.cancel_dump_traceback_later()
@@ -135,19 +159,19 @@ class Watch:
         self._publish()
 
     def _run(self) -> None:
-        look_s, publish_s = min(LOOK_S, self._hang_s / 12), min(PUBLISH_S, self._hang_s / 6)
+        look_s = min(LOOK_S, self._hang_s / 12)
         watched = range(self.world) if self.rank < OBSERVERS else range(min(OBSERVERS, self.world))
         started = last = time.monotonic()
         seen = {rank: Seen(started, started) for rank in watched}
-        published = -publish_s
+        published = started - self._publish_s
         while not self._closed.wait(look_s):
             now = time.monotonic()
             # A thread that dies would look like a rank that hangs.
             try:
-                written = True
-                if now - published >= publish_s:
-                    written, published = self._publish(), now
-                if now - last > self._hang_s / 4 or not written:
+                if now - published >= self._publish_s:
+                    self._publish()
+                    published = now
+                if now - last > self._hang_s / 4 or not self._written:
                     # This process was stopped, or the file system does not take what ranks write: not the others' fault.
                     for one in seen.values():
                         one.shift(now - last)
@@ -168,7 +192,10 @@ class Watch:
             heartbeat = self._heartbeat(rank)
             if heartbeat is not None:
                 one.update(heartbeat, now)
-        return judge(seen, now, self._hang_s, self._first_step_s, self._here, self._dump_of)
+        verdict = judge_silence(seen, now, self._hang_s, self._first_step_s, self._here, self._trace)
+        if verdict is None and len(seen) == self.world:
+            verdict = judge_standstill(seen, now, self._hang_s, self._first_step_s, 3 * self._publish_s)
+        return verdict
 
     def _convict(self, verdict: Verdict) -> NoReturn:
         mine = Failure(self.rank, HUNG, verdict.headline, verdict.ranks, verdict.silent)
@@ -183,12 +210,11 @@ class Watch:
         deadline = time.monotonic() + LEAVE_S
         write_status(self._folder, self._token, Status("failed", self._place.step, failure.headline))
         self._say_threads(failure)
-        silent = {process.pid for process in failure.silent}
         others = [rank for rank in range(self.world) if rank != self.rank]
         while others and time.monotonic() < deadline:
             time.sleep(0.1)
             beats = {rank: self._heartbeat(rank) for rank in others}
-            others = [rank for rank, hb in beats.items() if hb and not hb.left and hb.process.pid not in silent]
+            others = [rank for rank, hb in beats.items() if hb and not hb.left and hb.process not in failure.silent]
         self._say(words)
         self._exit(failure)
 
@@ -217,8 +243,8 @@ class Watch:
     def _take_lead(self) -> bool:
         return self._ending.acquire(blocking=False)
 
-    def _publish(self) -> bool:
-        """Writes this rank's sign of life; False where the file system does not take it."""
+    def _publish(self) -> None:
+        """Writes this rank's sign of life, if the file system takes it."""
         main = sys._current_frames().get(threading.main_thread().ident or 0)
         with self._publishing:
             self._number += 1
@@ -230,9 +256,15 @@ class Watch:
                     faulthandler.dump_traceback_later(self._hang_s / 2, file=self._dump)
                 replace_file(self._room / f"rank-{self.rank}.json", to_json(heartbeat))
             except OSError as error:
-                log.warning("rank %d cannot write its sign of life: %s", self.rank, error)
-                return False
-        return True
+                log.log(
+                    logging.WARNING if self._written else logging.DEBUG,
+                    "no sign of life from rank %d: %s",
+                    self.rank,
+                    error,
+                )
+                self._written = False
+            else:
+                self._written = True
 
     def _heartbeat(self, rank: int) -> Heartbeat | None:
         try:
@@ -240,11 +272,16 @@ class Watch:
         except (OSError, ValueError):
             return None
 
-    def _dump_of(self, rank: int) -> str:
+    def _trace(self, rank: int) -> Trace:
         try:
-            return (self._room / f"rank-{rank}.stack").read_text(errors="replace")[-DUMP_CHARACTERS:]
+            place = place_from_json((self._room / f"rank-{rank}.place").read_bytes())
+        except (OSError, ValueError):  # never written, or caught in the middle of a change
+            place = None
+        try:
+            dump = (self._room / f"rank-{rank}.stack").read_text(errors="replace")[-DUMP_CHARACTERS:]
         except OSError:
-            return ""
+            dump = ""
+        return Trace(place, dump)
 
     def _publish_failure(self, mine: Failure) -> Failure:
         """The failure that all ranks go by: this one, unless another was first."""
