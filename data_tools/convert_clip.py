@@ -264,7 +264,8 @@ def _doubt(source: Source, numbers: list[int], framing: Framing, cameras: Camera
             f"their poses are {check.better}; write them in the convention of the source's format"
         )
     if check.scale != 1:
-        return f"depth and cameras fit together if the depth is about {check.scale:.2g} times as large; bring them to the same units"
+        fits = f"if the depth is about {check.scale:.2g} times as large"
+        return f"depth and cameras fit together {fits}; bring them to the same units"
     if check.error > DOUBTFUL:
         return f"from frame to frame the depth differs by {check.error:.0%} (median); do depth and cameras belong together?"
     return ""

@@ -51,6 +51,7 @@ def read_nerfstudio(scene: Path) -> Source:
         t: f"{path} has no depth_file_path for it" for t, name in enumerate(with_depth) if any(with_depth) and not name
     }
     gaps |= {t: f"no {file}" for t, file in enumerate(depth_files) if not file.is_file()}
+    gaps |= {t: f"no {file}" for t, file in enumerate(pictures.files) if not file.is_file()}
     unit = _number(path, document, "depth_unit_scale_factor", DEPTH_UNIT) * _number(
         path, document, "applied_scale", 1.0
     )

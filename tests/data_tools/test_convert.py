@@ -167,7 +167,7 @@ def test_a_repeated_command_keeps_what_is_there_and_makes_the_same_bytes(scene, 
         write_colmap(scene, tmp_path / "scenes" / clip)
     raw = tmp_path / "raw"
     command = ["data", "convert", "colmap", str(tmp_path / "scenes"), str(raw)]
-    assert main([*command, "--workers", "2"]) == 0
+    assert main([*command, "--workers", "1"]) == 0
     first = contents(raw)
     video = raw / "videos" / "one.mp4"
     time = video.stat().st_mtime_ns
@@ -179,6 +179,18 @@ def test_a_repeated_command_keeps_what_is_there_and_makes_the_same_bytes(scene, 
     assert main([*command, "--workers", "1"]) == 0
     assert contents(raw) == first
     assert video.stat().st_mtime_ns != time
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_writes_the_same_bytes(scene, tmp_path):
+    for clip in ("one", "two"):
+        write_colmap(scene, tmp_path / "scenes" / clip)
+    for workers in ("1", "2"):
+        assert (
+            main(["data", "convert", "colmap", str(tmp_path / "scenes"), str(tmp_path / workers), "--workers", workers])
+            == 0
+        )
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
 def test_other_clips_of_the_folder_stay_as_they_are(scene, tmp_path):
