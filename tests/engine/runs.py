@@ -92,7 +92,7 @@ def samples(wan, positions):
     )
 
 
-def sample(wan, position, frames=5, height=32, width=48):
+def sample(wan, position, frames=5, height=16, width=32):
     generator = torch.Generator().manual_seed(position)
     return replace(
         make_batch(wan, frames, height, width, 1, seed=position),
