@@ -237,7 +237,7 @@ def fill(
             for number, part in enumerate(PARTS):
                 base = len(prefix) + number * ITEM_BYTES * index.numel
                 for run in here:
-                    view = getattr(fragments[run.fragment], part)[run.start : run.start + run.numel]
+                    view = getattr(fragments[run.fragment], part).detach()[run.start : run.start + run.numel]
                     _copy(reader, base + ITEM_BYTES * run.offset, view)
 
 

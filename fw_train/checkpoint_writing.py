@@ -63,7 +63,7 @@ class HostCopies:
         offset = 0
         for fragment in fragments:
             for row, part in zip(copies, PARTS, strict=True):
-                row[offset : offset + fragment.numel].copy_(getattr(fragment, part), non_blocking=on_gpu)
+                row[offset : offset + fragment.numel].copy_(getattr(fragment, part).detach(), non_blocking=on_gpu)
             offset += fragment.numel
         if on_gpu:
             torch.cuda.synchronize()
@@ -74,7 +74,7 @@ class HostCopies:
         copies = {}
         for name, tensor in tensors.items():
             copies[name] = self._like(f"weights {name}", tuple(tensor.shape), tensor.dtype, tensor.is_cuda)
-            copies[name].copy_(tensor, non_blocking=tensor.is_cuda)
+            copies[name].copy_(tensor.detach(), non_blocking=tensor.is_cuda)
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
         return copies

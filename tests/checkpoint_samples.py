@@ -44,7 +44,8 @@ def row_fragments(shapes, state, rank, size):
 
 
 def _fragment(name, shape, state, start, numel):
-    return Fragment(name, shape, start, numel, *(row[start : start + numel].clone() for row in state[name]))
+    master, *moments = (row[start : start + numel].clone() for row in state[name])
+    return Fragment(name, shape, start, numel, torch.nn.Parameter(master), *moments)
 
 
 def blank(shapes):
@@ -57,7 +58,7 @@ def gathered(parts):
     whole = blank(shapes)
     for part in parts:
         for fragment in part:
-            rows = torch.stack((fragment.master, fragment.exp_avg, fragment.exp_avg_sq))
+            rows = torch.stack((fragment.master.detach(), fragment.exp_avg, fragment.exp_avg_sq))
             whole[fragment.name][:, fragment.start : fragment.start + fragment.numel] = rows
     return whole
 

@@ -113,9 +113,9 @@ class PowerCut:
         else:
             entries.pop(name, None)
 
-    def write(self, folder, names_survive):
-        """With `names_survive` files keep their last names but not what they were not synced with; else neither."""
-        _write(self._tree, folder, names_survive)
+    def write(self, folder, survive_from):
+        """Data are what they were synced with; names too, but from this depth of folders on they are the last ones."""
+        _write(self._tree, folder, survive_from)
 
     def _find(self, path):
         node = self._tree
@@ -147,10 +147,10 @@ def _read(path):
     return _Folder({child.name: _read(child) for child in path.iterdir()})
 
 
-def _write(node, path, names_survive):
+def _write(node, path, survive_from):
     if isinstance(node, _File):
         path.write_bytes(node.synced)
         return
     path.mkdir()
-    for name, child in (node.entries if names_survive else node.synced).items():
-        _write(child, path / name, names_survive)
+    for name, child in (node.entries if survive_from <= 0 else node.synced).items():
+        _write(child, path / name, survive_from - 1)

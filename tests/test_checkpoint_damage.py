@@ -15,7 +15,8 @@ from forked_ranks import alone, run_ranks
 import fw_train.checkpoint_fragments as fragments_module
 from fw_train.checkpoint import load, verify_checkpoint
 from fw_train.checkpoint_files import CheckpointError
-from fw_train.checkpoint_layout import MANIFEST, read_manifest, scan
+from fw_train.checkpoint_fragments import read_index
+from fw_train.checkpoint_layout import MANIFEST, open_checkpoint_folder, read_manifest, scan
 from fw_train.checkpoint_saver import CheckpointSaver, SaveParams, StageWeights
 
 SHAPES = {"geo.weight": (40, 60), "geo.bias": (7,), "token": (1, 3)}
@@ -94,16 +95,19 @@ def test_a_flipped_bit_in_every_page_of_every_file(output):
     assert attempt(output, "latest")[0] == 5
 
 
-def test_every_byte_of_the_manifest(output):
+@pytest.mark.parametrize("name", [MANIFEST, "rank-00001.json"])
+def test_every_byte_of_what_describes_the_data(output, name):
     """In each a bit, and the one that turns e into E, which JSON reads as the same number."""
-    file = output / "checkpoints" / "step-5" / MANIFEST
+    checkpoint = open_checkpoint_folder(output / "checkpoints" / "step-5")
+    read = {MANIFEST: lambda: read_manifest(file), "rank-00001.json": lambda: read_index(checkpoint, 1)}[name]
+    file = checkpoint.path / name
     data, missed = file.read_bytes(), []
     with open(file, "r+b", buffering=0) as opened:
         for place, byte in enumerate(data):
             for bit in {place % 8, 5}:
                 os.pwrite(opened.fileno(), bytes([byte ^ 1 << bit]), place)
                 try:
-                    read_manifest(file)
+                    read()
                     missed.append((place, bit))
                 except CheckpointError:
                     pass

@@ -12,6 +12,7 @@ from file_operations import PowerCut, killed_at, logged_to
 from forked_ranks import DIED, alone, run_ranks
 
 from fw_train.checkpoint import load
+from fw_train.checkpoint_layout import scan
 from fw_train.checkpoint_saver import CheckpointSaver, SaveParams, StageWeights
 from fw_train.stage_weights import read_stage_info
 
@@ -19,9 +20,9 @@ OLD, NEW = values(SHAPES, 1), values(SHAPES, 2)
 RANKS = 2
 
 
-def save(output, world, step, state, deadline_s=20):
+def save(output, world, step, state, deadline_s=20, keep_last=1):
     """A save that also removes the one before it."""
-    saver = CheckpointSaver(output, world, SaveParams(keep_last=1, deadline_s=deadline_s))
+    saver = CheckpointSaver(output, world, SaveParams(keep_last=keep_last, deadline_s=deadline_s))
     fragments = flat_fragments(SHAPES, state, world.rank, world.size)
     weights = StageWeights({"geo.weight": state["geo.weight"][0].bfloat16()}, stage_info(step))
     saver.save(step, fragments, run_state(step, world.size), weights if world.rank == 0 else None)
@@ -61,6 +62,7 @@ def old_or_new(output, new_step):
     is_new = same(state, NEW)
     assert is_new or same(state, OLD), "a mix"
     assert step == (new_step if is_new else 4)
+    assert scan(output / "checkpoints").damaged == []
     for weights in output.glob("*.safetensors"):
         assert read_stage_info(weights).step in (4, new_step)
     return is_new
@@ -104,26 +106,27 @@ def test_killed_at_every_file_operation(place, before, new_step, victim):
     assert seen == {False, True}
 
 
-def test_power_is_lost_after_every_file_operation(place, before, new_step):
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_power_is_lost_after_every_file_operation(place, before, new_step, keep_last):
     output, log = place / "output", place / "log"
     shutil.copytree(before, output)
 
     def work(world):
         with logged_to(log):
-            return save(output, world, new_step, NEW)
+            return save(output, world, new_step, NEW, keep_last=keep_last)
 
     results = run_ranks(RANKS, work)
     assert all(path and not error for _, path, _, _, error in results)
     operations = [json.loads(line) for line in log.read_text().splitlines()]
-    assert len(operations) > 48
+    assert len(operations) > 40
 
     disk, seen = PowerCut(before), []
     moved = [[what, *(text.replace(str(output), str(before)) for text in rest)] for what, *rest in operations]
     for number, operation in enumerate(moved):
         disk.apply(operation)
-        for names_survive in (True, False):
-            after = place / f"after-{number}-{names_survive}"
-            disk.write(after, names_survive)
+        for survive_from in range(4):  # all folders' last names, those in `checkpoints`, in one checkpoint, none
+            after = place / f"after-{number}-{survive_from}"
+            disk.write(after, survive_from)
             seen.append(old_or_new(after, new_step))
             shutil.rmtree(after)
     assert set(seen) == {False, True}

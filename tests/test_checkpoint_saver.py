@@ -76,7 +76,7 @@ def test_training_goes_on_and_does_not_reach_what_is_being_saved(tmp_path, monke
     state = run_state(10, guard={"window": [1.0]})
     assert saver.save(10, fragments, state, StageWeights({"geo.weight": trained}, stage_info(10))).started
     for fragment in fragments:
-        fragment.master.zero_(), fragment.exp_avg.zero_(), fragment.exp_avg_sq.zero_()
+        fragment.master.detach().zero_(), fragment.exp_avg.zero_(), fragment.exp_avg_sq.zero_()
     trained.zero_()
     state.guard["window"].append(2.0)
     assert steps(tmp_path) == []
