@@ -10,10 +10,10 @@ from data_tools import pack
 from fw_train.data.manifest import Dataset
 
 
-def run_pack(raw, out, *words):
+def pack_arguments(raw, out, *words):
     parser = argparse.ArgumentParser()
     pack.add_arguments(parser)
-    assert pack.run(parser.parse_args([str(word) for word in (raw, out, "--workers", 1, *words)])) == 0
+    return parser.parse_args([str(word) for word in (raw, out, "--workers", 1, *words)])
 
 
 def marked_tensor(kind, row, latent_shape):
@@ -31,7 +31,7 @@ def make_packed(folder, clips=((5, 32, 48, 9), (3, 48, 32, 9)), shard_size=2, ki
         for number in range(count)
     ]
     write_metadata(raw, entries)
-    run_pack(raw, out, "--shard-size", shard_size, *words)
+    assert pack.run(pack_arguments(raw, out, "--shard-size", shard_size, *words)) == 0
     dataset = Dataset(out)
     for kind in kinds:
         make_sidecar(dataset, kind, noise_facts(kind), marked_tensor)

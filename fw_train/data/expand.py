@@ -139,6 +139,8 @@ def _encoded(tensor: Tensor, kind: str, coded: CodedBatch, device: torch.device)
 
 def pad_text(text: Tensor, tokens: int) -> Tensor:
     """A text embedding [n, D] with zeros behind it, [L, D]."""
+    if len(text) > tokens:
+        raise ValueError(f"a text has {len(text)} tokens, data.text_tokens is {tokens}; raise that")
     return pad(text, (0, 0, 0, tokens - len(text)))
 
 
