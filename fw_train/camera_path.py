@@ -25,7 +25,7 @@ class Ramp(NamedTuple):
 
 
 COLOURED = Ramp((60, 140, 255), (255, 180, 50), (150, 155, 165))
-PALE = Ramp((122, 128, 138), (240, 240, 240), (96, 100, 110))
+PALE = Ramp((122, 128, 138), (226, 229, 233), (96, 100, 110))
 
 
 class CameraPath(NamedTuple):

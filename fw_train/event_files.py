@@ -12,7 +12,7 @@ from fw_train.drawing import Picture
 from fw_train.pictures import Cloud
 
 WAITING = 1_000  # events; the writer's own thread is only ahead of ours when a disk is slow
-POINT_SIZE = 0.012
+POINT_SIZE = 0.016
 
 
 class EventFiles:
@@ -37,7 +37,7 @@ class EventFiles:
         self._flush()
 
     def cloud(self, step: int, tag: str, cloud: Cloud) -> None:
-        camera = {"cls": "PerspectiveCamera", "fov": 60}
+        camera = {"cls": "PerspectiveCamera", "fov": 45}
         material = {"cls": "PointsMaterial", "size": POINT_SIZE}
         self._writing().add_mesh(
             tag,

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 
 from fw_train.background import Background
 from fw_train.metrics_file import append_line, drop_after, json_line
-from fw_train.pictures import Scene, bars_picture, camera_sheet, clouds, depth_sheet
+from fw_train.pictures import Scene, bars_picture, camera_sheet, cloud, depth_sheet
 from fw_train.step_figures import RunFacts, StepRecord, Totals, bin_names, interval_figures
 from fw_train.terminal import Line, Terminal, duration, number, step_count, step_line
 
@@ -27,8 +27,8 @@ JUDGED_BY = (
 )
 CHARTS = {
     "training/losses": ("loss/",),
-    "training/gradient by group": ("gradient_by_group/",),
-    "training/gates": ("gates/",),
+    "training/gradient norm by group": ("optimiser_gradient_norm/",),
+    "training/gates": ("optimiser_gates/",),
     "training/where a step's seconds go": ("step_parts/",),
     "validation/diffusion by timestep": ("validation_diffusion_by_timestep/",),
 }
@@ -55,6 +55,7 @@ class Monitor:
         self._terminal = Terminal(stream)
         self._records: list[StepRecord] = []
         self._terms: dict[str, None] = {}  # every loss seen so far, so that lines keep their columns
+        self._noted: tuple[int, list[str]] = first_step, []  # the last step with events
         self._first: tuple[int, float] | None = None  # the first step of this start, and when it was done
         folder.mkdir(parents=True, exist_ok=True)
         self._totals = _totals(drop_after(self.metrics, first_step))
@@ -92,15 +93,18 @@ class Monitor:
         self._terminal.line(f"{step_count(step, self.facts.total_steps)}  validation: {shown}")
 
     def pictures(self, step: int, scene: Scene) -> None:
-        """What the network predicts for a held-out clip after `step` steps, beside what is true."""
+        """What the network predicts for a held-out clip after `step` steps; drawn later, from arrays that nobody changes."""
         self._later(lambda: self._events.picture(step, "pictures/depth", depth_sheet(scene)))
         self._later(lambda: self._events.picture(step, "pictures/camera_path", camera_sheet(scene)))
-        self._later(lambda: self._clouds(step, scene))
+        self._later(partial(self._draw_cloud, step, scene))
 
     def event(self, step: int, text: str) -> None:
         """A warning or a note worth keeping, after `step` steps."""
         self._write("event", step, {"text": text})
-        self._later(lambda: self._events.text(step, "events", text))
+        before, texts = self._noted
+        texts = [*texts, text] if before == step else [text]  # TensorBoard shows one text a step
+        self._noted = step, texts
+        self._later(lambda: self._events.text(step, "events", "\n".join(texts)))
 
     def close(self) -> None:
         """Writes what is left and returns when it is on its way to the disk."""
@@ -128,7 +132,7 @@ class Monitor:
         records, self._records = self._records, []
         last, facts = records[-1], self.facts
         figures = interval_figures(records, facts, self._totals)
-        last_values = {**last.losses, "gradient/norm": last.grad_norm}
+        last_values = {**last.losses, "optimiser/gradient_norm": last.grad_norm}
         self._write("step", done, {"steps": len(records), **figures, "last": last_values})
         self._later(lambda: self._events.scalars(done, figures))
         line = Line(
@@ -137,7 +141,7 @@ class Monitor:
             loss=figures.get("loss/total"),
             terms={_short(name): figures.get(name) for name in self._terms},
             learning_rate=next(iter(last.learning_rates.values())),
-            grad_norm=figures.get("gradient/norm"),
+            grad_norm=figures.get("optimiser/gradient_norm"),
             seconds_per_step=figures["throughput/seconds_per_step"],
             samples_per_s=figures["throughput/samples_per_s"],
             mfu_percent=figures.get("throughput/mfu_percent"),
@@ -149,7 +153,7 @@ class Monitor:
 
     def _skipped(self, record: StepRecord) -> None:
         done = record.step + 1
-        values = {"reason": record.reason, **record.losses, "gradient/norm": record.grad_norm}
+        values = {"reason": record.reason, **record.losses, "optimiser/gradient_norm": record.grad_norm}
         self._write("skipped", done, values)
         self._terminal.line(f"{step_count(done, self.facts.total_steps)}  skipped: {record.reason}")
 
@@ -160,12 +164,13 @@ class Monitor:
         return (now - begun) / (done - first) * (self.facts.total_steps - done) if done > first else None
 
     def _draw_bars(self, step: int, name: str, losses: list[float], names: list[str]) -> None:
-        self._events.picture(step, name, bars_picture(losses, names, f"{name} after {step} steps"))
+        ranges = [part.removeprefix("t") for part in names]
+        self._events.picture(step, name, bars_picture(losses, ranges, f"{name} after {step} steps"))
 
-    def _clouds(self, step: int, scene: Scene) -> None:
-        for tag, cloud in zip(("points/true", "points/predicted"), clouds(scene), strict=True):
-            if len(cloud.vertices):
-                self._events.cloud(step, tag, cloud)
+    def _draw_cloud(self, step: int, scene: Scene) -> None:
+        points = cloud(scene)
+        if len(points.vertices):
+            self._events.cloud(step, "points/true_and_predicted", points)
 
     def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         line = json_line({"kind": kind, "step": step, "time": round(time.time(), 3), **values})

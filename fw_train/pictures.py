@@ -35,8 +35,9 @@ WORST_ERROR = 0.5  # relative error of a depth at which the error map is brighte
 PATH_PX, SMALLEST_PATH = 480, 0.02
 MARKED_CAMERAS = 5
 BARS_PX = 640, 280  # width and height
-CLOUD_POINTS = 20_000
-CLOUD_REACH = 2.0  # predicted points further out, in radii of the true cloud, are left away
+CLOUD_POINTS = 20_000  # of each cloud
+CLOUD_REACH = 1.5  # points further out along an axis, in radii of the true cloud, are left away
+CLOUD_GAP = 0.1  # between the two
 
 
 class Scene(NamedTuple):
@@ -57,7 +58,7 @@ class Scene(NamedTuple):
 
 
 class Cloud(NamedTuple):
-    """Points [N, 3] with x right, y up, z to the viewer, about the origin, the true ones mostly within 1 of it."""
+    """Points [N, 3] with x right, y up and z to the viewer, about the origin."""
 
     vertices: NDArray[np.float32]
     colours: NDArray[np.uint8]  # [N, 3]
@@ -70,17 +71,17 @@ def depth_sheet(scene: Scene) -> Picture:
     compared = scene.valid & known
     error = np.zeros(scene.valid.shape)
     np.divide(np.abs(scene.depth_predicted - scene.depth_true), scene.depth_true, out=error, where=compared)
-    mean = f"{error[compared].mean():.1%}" if compared.any() else "not known"
+    mean = f"{error[compared].mean():.1%}" if compared.any() else "?"
     error_picture = with_checks(heat_colours(np.clip(error / WORST_ERROR, 0, 1)), compared)
     panels = [
         Panel("frame", fit(scene.frame)),
         Panel("true depth", fit(depth_picture(scene.depth_true, scene.valid, scale))),
-        Panel("predicted depth", fit(depth_picture(scene.depth_predicted, known, scale))),
-        Panel(f"relative error {mean}", fit(error_picture)),
+        Panel("predicted", fit(depth_picture(scene.depth_predicted, known, scale))),
+        Panel(f"error {mean}", fit(error_picture)),
     ]
     width = panels[0].picture.shape[1]
     legend = depth_legend(scale, width, "")
-    worst = heat_legend("0 %", f"{WORST_ERROR:.0%} and more", width, rising=True)
+    worst = heat_legend("0", f"{WORST_ERROR:.0%}+", width, rising=True)
     legends = blank(legend.shape[0], width), legend, legend, worst
     columns = [below([labelled(p), foot], MARGIN // 2) for p, foot in zip(panels, legends, strict=True)]
     in_one_row = scene.frame.shape[0] > scene.frame.shape[1]
@@ -93,7 +94,7 @@ def camera_sheet(scene: Scene) -> Picture:
     predicted = CameraPath(*(np.asarray(part, np.float64) for part in scene.cameras_predicted))
     known = np.isfinite(predicted.centres).all(axis=1) & np.isfinite(predicted.forward).all(axis=1)
     paths, ramps = [scene.cameras_true], [PALE]
-    text = ["white: true; blue to orange: predicted", "x to the right, z up; ring: first predicted"]
+    text = ["x to the right, z up", "white: true", "blue to orange, ring: predicted"]
     if known.all():
         paths, ramps = [*paths, predicted], [*ramps, COLOURED]
         distance = np.linalg.norm(predicted.centres - scene.cameras_true.centres, axis=1).mean()
@@ -107,15 +108,27 @@ def camera_sheet(scene: Scene) -> Picture:
     return framed(below([picture, text_picture(text, PATH_PX, SMALL, FAINT)], MARGIN // 2))
 
 
-def clouds(scene: Scene) -> tuple[Cloud, Cloud]:
-    """True and predicted points at the same place and size, thinned out, so that the two compare by eye."""
-    every = max(1, -(-len(scene.points_true) // CLOUD_POINTS))
-    true, predicted = scene.points_true[::every], scene.points_predicted[::every]
-    colours = scene.point_colours[::every]
-    seen = np.isfinite(true).all(axis=1)
-    middle = np.median(true[seen], axis=0) if seen.any() else np.zeros(3)
-    radius = float(np.percentile(np.linalg.norm(true[seen] - middle, axis=1), 95)) if seen.any() else 1.0
-    return _cloud(true, colours, middle, radius), _cloud(predicted, colours, middle, radius)
+def cloud(scene: Scene) -> Cloud:
+    """True points on the left and predicted ones on the right, at the same size, thinned out to the same pixels."""
+    count = len(scene.points_true)
+    chosen = np.arange(count)
+    if count > CLOUD_POINTS:  # by chance, because regular gaps would show as stripes
+        chosen = np.sort(np.random.default_rng(0).choice(count, CLOUD_POINTS, replace=False))
+    true = scene.points_true[chosen]
+    seen = true[np.isfinite(true).all(axis=1)]
+    middle = np.median(seen, axis=0) if len(seen) else np.zeros(3)
+    radius = float(np.percentile(np.linalg.norm(seen - middle, axis=1), 95)) if len(seen) else 1.0
+    sides = []
+    for points in (true, scene.points_predicted[chosen]):
+        placed = (points - middle) / max(radius, 1e-6) * np.array((1, -1, -1))
+        near = np.isfinite(placed).all(axis=1) & (np.abs(placed) <= CLOUD_REACH).all(axis=1)
+        sides.append(Cloud(placed[near].astype(np.float32), scene.point_colours[chosen][near]))
+    widest = max(float(np.abs(side.vertices[:, 0]).max(initial=0)) for side in sides)
+    shift = np.array((widest + CLOUD_GAP / 2, 0, 0), np.float32)
+    left, right = sides
+    return Cloud(
+        np.concatenate((left.vertices - shift, right.vertices + shift)), np.concatenate((left.colours, right.colours))
+    )
 
 
 def bars_picture(values: list[float], names: list[str], title: str) -> Picture:
@@ -136,11 +149,3 @@ def bars_picture(values: list[float], names: list[str], title: str) -> Picture:
             write(picture, (round((left + right - text_width(text, 1)) / 2), row), text, 1, FAINT)
     stroke(picture, np.array((MARGIN, floor)), np.array((width - MARGIN, floor)), 0.6, FAINT)
     return picture
-
-
-def _cloud(
-    points: NDArray[np.floating], colours: NDArray[np.uint8], middle: NDArray[np.floating], radius: float
-) -> Cloud:
-    placed = (points - middle) / max(radius, 1e-6) * np.array((1, -1, -1))
-    near = np.isfinite(placed).all(axis=1) & (np.abs(placed) <= CLOUD_REACH).all(axis=1)
-    return Cloud(placed[near].astype(np.float32), colours[near])

@@ -71,14 +71,14 @@ def interval_figures(records: Sequence[StepRecord], facts: RunFacts, totals: Tot
     seconds = sum(record.seconds for record in records)
     samples_per_s = sum(record.samples for record in records) / seconds
     figures = _means(record.losses for record in applied)
-    figures |= {f"learning_rate/{name}": rate for name, rate in records[-1].learning_rates.items()}
+    figures |= {f"optimiser_learning_rate/{name}": rate for name, rate in records[-1].learning_rates.items()}
     if applied:
-        figures["gradient/norm"] = _mean([record.grad_norm for record in applied])
-        figures["gradient/norm_highest"] = max(record.grad_norm for record in applied)
+        figures["optimiser/gradient_norm"] = _mean([record.grad_norm for record in applied])
+        figures["optimiser/gradient_norm_highest"] = max(record.grad_norm for record in applied)
     norms = _means(record.group_norms for record in applied)
-    figures |= {f"gradient_by_group/{name}": norm for name, norm in norms.items()}
+    figures |= {f"optimiser_gradient_norm/{name}": norm for name, norm in norms.items()}
     for record in records:
-        figures |= {f"gates/{name}": gate for name, gate in record.gates.items()}
+        figures |= {f"optimiser_gates/{name}": gate for name, gate in record.gates.items()}
     figures |= {
         "throughput/seconds_per_step": seconds / len(records),
         "throughput/samples_per_s": samples_per_s,

@@ -75,12 +75,12 @@ def test_an_interval_is_written_as_means_rates_and_shares(tmp_path):
     want = {
         "loss/total": (1 + 2 + 3) / 3,
         "loss/depth_loss": 1.0,
-        "learning_rate/weights": 1e-3 / 4,
-        "learning_rate/gates": 1e-2,
-        "gradient/norm": 3.0,
-        "gradient/norm_highest": 4.0,
-        "gradient_by_group/bridge": 1.0,
-        "gates/gate": 0.25,
+        "optimiser_learning_rate/weights": 1e-3 / 4,
+        "optimiser_learning_rate/gates": 1e-2,
+        "optimiser/gradient_norm": 3.0,
+        "optimiser/gradient_norm_highest": 4.0,
+        "optimiser_gradient_norm/bridge": 1.0,
+        "optimiser_gates/gate": 0.25,
         "throughput/seconds_per_step": 3.0,
         "throughput/samples_per_s": 12 / 9,
         "throughput/tokens_per_s": 1200 / 9,
@@ -95,7 +95,7 @@ def test_an_interval_is_written_as_means_rates_and_shares(tmp_path):
     }
     assert {name: interval[name] for name in want} == pytest.approx(want)
     assert set(interval) == {*want, "kind", "step", "time", "steps", "last"}
-    assert interval["last"] == {"loss/total": 3.0, "loss/depth_loss": 1.5, "gradient/norm": 4.0}
+    assert interval["last"] == {"loss/total": 3.0, "loss/depth_loss": 1.5, "optimiser/gradient_norm": 4.0}
     for tag, value in want.items():
         assert points(tmp_path, tag)[-1] == (4, pytest.approx(value)), tag
     assert set(events(tmp_path).Tags()["scalars"]) == set(want)
@@ -130,9 +130,13 @@ def test_a_skipped_step_is_written_at_once_and_leaves_the_means_alone(tmp_path):
     log.close()
     (skipped,) = lines(tmp_path, "skipped")
     assert (skipped["step"], skipped["reason"]) == (2, "loss/total is nan")
-    assert (skipped["loss/total"], skipped["loss/depth_loss"], skipped["gradient/norm"]) == ("nan", "inf", "-inf")
+    assert (skipped["loss/total"], skipped["loss/depth_loss"], skipped["optimiser/gradient_norm"]) == (
+        "nan",
+        "inf",
+        "-inf",
+    )
     last = lines(tmp_path, "step")[-1]
-    assert (last["step"], last["steps"], last["loss/total"], last["gradient/norm"]) == (3, 2, 2.0, 3.0)
+    assert (last["step"], last["steps"], last["loss/total"], last["optimiser/gradient_norm"]) == (3, 2, 2.0, 3.0)
     assert (last["samples/skipped_steps"], last["samples/skipped_samples"], last["samples/substituted_samples"]) == (
         1,
         4,
