@@ -16,12 +16,12 @@ LEAST_LOSSES = 20  # before them the guard cannot know what is usual
 LEAST_DEVIATION = 0.01  # of the median: a flat window would make every ripple a spike
 
 SLOW_FACTOR = 1.3
-SLOW_STEPS = 15  # a rank's pace is its median over so many steps: eight slow ones show
-SLOW_LEAST_STEPS = 10
+SLOW_STEPS = 20  # a rank's pace is its median over so many steps: ten slow ones show, a few stalls do not
 SLOW_LEAST_S = 0.05  # shorter delays are the noise of short steps
 SLOW_AGAIN_STEPS = 100
 
-CHUNK = 2**22  # elements at a time: some 50 MB of temporaries
+CHUNK = 2**18  # elements at a time: temporaries of a few megabytes, which processors keep in their caches
+LARGEST_ELEMENT = 16  # bytes
 
 
 class SpikeGuard:
@@ -99,7 +99,7 @@ class Stragglers:
         """Takes the own time of each rank in one step; names those that have become slow, each at most once in 100 steps."""
         for times, own in zip(self._seconds, seconds, strict=True):
             times.append(own)
-        if len(self._seconds[0]) < SLOW_LEAST_STEPS:
+        if len(self._seconds[0]) < SLOW_STEPS:
             return []
         paces = [median(times) for times in self._seconds]
         usual = median_low(paces)  # of two ranks the faster one
@@ -120,8 +120,10 @@ def weights_fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
     A changed bit, two swapped elements or two swapped tensors always change it.
     """
+    factors = {device: _factors(device) for device in {tensor.device for tensor in tensors.values()}}
+    # All are queued before the first is waited for.
+    sums = {name: list(_sums(tensor, factors[tensor.device])) for name, tensor in tensors.items()}
     digest = hashlib.sha256()
-    sums = {name: list(_sums(tensor.detach())) for name, tensor in tensors.items()}  # all queued before the first wait
     for name in sorted(tensors):
         tensor = tensors[name]
         values = torch.stack(sums[name]).tolist() if sums[name] else []
@@ -129,20 +131,26 @@ def weights_fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _sums(tensor: Tensor) -> Iterator[Tensor]:
-    """A sum of words times odd numbers, modulo 2^64, for each chunk of a tensor."""
+def _factors(device: torch.device) -> Tensor:
+    """An odd number for each place of a word in a chunk.
+
+    place * (2 place + 1) takes every value below 2^32 at most once, so two factors differ by less than 2^33, and no
+    difference of two 32-bit words times theirs is a multiple of 2^64: no swap leaves the sum as it is.
+    """
+    place = torch.arange(CHUNK * LARGEST_ELEMENT // 4, dtype=torch.int64, device=device)
+    return (place * (2 * place + 1) & 0xFFFFFFFF) * 2 + 1
+
+
+def _sums(tensor: Tensor, factors: Tensor) -> Iterator[Tensor]:
+    """The sum of words times factors, modulo 2^64, of each chunk."""
     flat = tensor.reshape(-1)
     for start in range(0, flat.numel(), CHUNK):
         words = _words(flat[start : start + CHUNK])
-        place = torch.arange(words.numel(), dtype=torch.int64, device=words.device)
-        # place * (2 place + 1) runs through all numbers below 2^32 without repeating one, so two factors differ by less
-        # than 2^33 and no difference of two 32-bit words times theirs is a multiple of 2^64.
-        factor = (place * (2 * place + 1) & 0xFFFFFFFF) * 2 + 1
-        yield (words * factor).sum()
+        yield words.mul_(factors[: words.numel()]).sum()
 
 
 def _words(chunk: Tensor) -> Tensor:
-    """The bits as 32-bit words, the last one filled with zeros, in int64."""
+    """The bits as 32-bit words, the last one filled with zeros, in an int64 tensor of its own."""
     size = chunk.element_size()
     if chunk.storage_offset() * size % 4:
         chunk = chunk.clone()
