@@ -74,10 +74,10 @@ def diagnose(labels: Labels, tolerance: float) -> Diagnosis:
     """The fewest changes that explain the error of a clip; they explain it where they leave no more than `tolerance`."""
     given = match(labels)
     diagnosis = Diagnosis(given, (), (), given, given, ())
-    # One mistake is looked for first, then two.
     for cost in (1, 2):
         current = diagnosis.repaired.error
-        if current <= NEGLIGIBLE:
+        # Pairs of mistakes are many: they are tried where a clip is beyond use without them.
+        if current <= (NEGLIGIBLE if cost == 1 else tolerance):
             break
         tried = [(changes, *attempt(labels, changes)) for changes in hypotheses(cost)]
         matches = [match(changed) for _, changed, _ in tried]
