@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data_tools.convert_clip import Cut, Source
 from data_tools.convert_colmap import read_colmap
 from data_tools.convert_labels import for_raw_clip, read_depth_anything, read_dust3r, read_vggt
@@ -20,7 +22,7 @@ def find_scenes(source: str, path: Path) -> dict[str, Path]:
     """The clips of a path by their ids, in order."""
     if not path.exists():
         raise ValueError(f"no {path}")
-    path = path.resolve()
+    path = path.absolute()
     if source == "re10k":
         found = sorted(path.glob("*.txt")) if path.is_dir() else [path]
         what = "camera files (*.txt)"
@@ -29,7 +31,7 @@ def find_scenes(source: str, path: Path) -> dict[str, Path]:
     elif source == "nerfstudio":
         found, what = [path] if path.is_file() else _folders(path, (FILE,)), f"folders with {FILE}"
     else:
-        found, what = _label_files(path), "npz or npy files"
+        found, what = _label_files(path, source), "npz or npy files"
     if not found:
         raise ValueError(f"{path} holds no {what}")
     scenes: dict[str, Path] = {}
@@ -50,14 +52,25 @@ def _folders(path: Path, marks: tuple[str, ...]) -> list[Path]:
     return []
 
 
-def _label_files(path: Path) -> list[Path]:
+def _label_files(path: Path, source: str) -> list[Path]:
     """A file, a folder whose npy files are one clip, or all clips of a folder."""
     if path.is_file():
         return [path]
     inner = sorted(path.iterdir())
-    archives = [file for file in inner if file.suffix == ".npz" or (file.is_dir() and _label_files(file))]
+    archives = [file for file in inner if file.suffix == ".npz" or (file.is_dir() and _label_files(file, source))]
     arrays = [file for file in inner if file.suffix == ".npy"]
+    if source == "depth-anything" and arrays and _frames_in(arrays[0]) > 1:
+        return sorted(archives + arrays)
     return archives if archives else [path] if arrays else []
+
+
+def _frames_in(path: Path) -> int:
+    """How many frames of depth an npy file holds, by its header."""
+    try:
+        shape = np.load(path, mmap_mode="r", allow_pickle=False).shape
+    except (ValueError, EOFError):
+        return 1  # the reader says what is wrong with it
+    return shape[0] if len(shape) > 2 else 1
 
 
 def _name(scene: Path) -> str:

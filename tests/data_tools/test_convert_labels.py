@@ -215,6 +215,23 @@ def test_a_file_for_each_frame(scene, raw, tmp_path):
     np.testing.assert_array_equal(result(raw)[1], 2 * scene.depth)
 
 
+def test_a_folder_of_npy_files_holds_a_clip_each_if_they_have_several_frames(scene, raw, tmp_path):
+    folder = tmp_path / "depth"
+    folder.mkdir()
+    np.save(folder / "clip.npy", 4 * scene.depth)
+    np.save(folder / "other.npy", scene.depth)
+    assert convert("depth-anything", folder, raw, "--depth-kind", "affine_depth") == 1  # there is no clip `other`
+    np.testing.assert_array_equal(result(raw)[1], 4 * scene.depth)
+
+
+def test_a_folder_of_npz_files_serves_the_clips_of_the_raw_folder(scene, raw, tmp_path):
+    folder = tmp_path / "predictions"
+    folder.mkdir()
+    np.savez(folder / "clip.npz", **(vggt_arrays(scene) | {"depth": scene.depth.clip(0, 2)}))
+    assert convert("vggt", folder, raw) == 0
+    np.testing.assert_array_equal(result(raw)[1], scene.depth.clip(0, 2))
+
+
 def test_predictions_for_a_clip_that_is_there_keep_its_video(scene, raw, tmp_path):
     video = (raw / "videos" / "clip.mp4").read_bytes()
     arrays = vggt_arrays(scene)
