@@ -1,7 +1,9 @@
 """TensorBoard's event files of a run: scalars, text, pictures, point clouds, hyperparameters."""
 
 import re
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +15,16 @@ from fw_train.pictures import Cloud
 
 WAITING = 1_000  # events; the writer's own thread is only ahead of ours when a disk is slow
 POINT_SIZE = 0.016
+RETRY_S = 60.0
 
 
 class EventFiles:
-    """One event file at a time; after an error the next call begins another."""
+    """One event file at a time; after an error another one is begun, but not before RETRY_S have passed."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         self.folder = folder
         self._writer: SummaryWriter | None = self._open(first_step + 1)
+        self._failed_at = 0.0
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         for tag, value in values.items():
@@ -70,6 +74,8 @@ class EventFiles:
 
     def _writing(self) -> SummaryWriter:
         if self._writer is None:
+            if time.monotonic() < self._failed_at + RETRY_S:
+                raise OSError(f"no event file can be written in {self.folder} at the moment")
             self._writer = self._open(None)
         return self._writer
 
@@ -77,8 +83,11 @@ class EventFiles:
         return SummaryWriter(str(self.folder), purge_step=purge_step, max_queue=WAITING)
 
     def _flush(self) -> None:
+        writer = self._writing()
         try:
-            self._writing().flush()
-        except Exception:
-            self._writer = None  # its thread has died with the error that is raised here
+            writer.flush()
+        except Exception:  # of the writer's own thread, which it has ended
+            self._writer, self._failed_at = None, time.monotonic()
+            with suppress(Exception):
+                writer.close()
             raise
