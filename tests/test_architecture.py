@@ -49,7 +49,7 @@ ALLOWED = {
     "fw_train.checkpoint_files": LEAF,
     "fw_train.atomic_files": LEAF,
     "fw_train.data": {"fw_train.atomic_files", "fw_train.batch", "fw_train.geometry"},
-    "fw_train.encoders": {"fw_train.checkpoint_files"},
+    "fw_train.encoders": {"fw_train.batch", "fw_train.checkpoint_files"},
     "fw_train.model": {"fw_train.batch", "fw_train.geometry"},
     "fw_train.losses": {"fw_train.batch", "fw_train.geometry"},
     "fw_train.activation_checkpointing": {"fw_train.model"},

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fw_train.encoders.dct import DctCodec
+from fw_train.encoders.wan_vae import load_wan_vae
 
 
 class LatentCodec(Protocol):
@@ -27,10 +28,10 @@ class LatentCodec(Protocol):
 
 
 def load_latent_codec(name_or_folder: str | Path, device: str | torch.device = "cpu") -> LatentCodec:
-    """`dct`, or a folder with Wan's VAE."""
+    """`dct`, or Wan's VAE: a folder in the layout of the original or of diffusers."""
     if str(name_or_folder) == "dct":
         return DctCodec(device)
-    raise ValueError(f"no VAE in {name_or_folder}")
+    return load_wan_vae(name_or_folder, device)
 
 
 def first_frame_video(frame: Tensor, frames: int) -> Tensor:

@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fw_train.encoders.umt5 import MAX_TOKENS, load_umt5
+
 _WORD = re.compile(r"\w+")
 _HASH = re.compile(r"hash:([1-9]\d{0,4})")
-MAX_TOKENS = 512
 
 
 class TextEncoder(Protocol):
@@ -49,7 +50,9 @@ def load_text_encoder(name_or_folder: str | Path, device: str | torch.device = "
     match = _HASH.fullmatch(str(name_or_folder))
     if match:
         return HashEncoder(int(match[1]))
-    raise ValueError(f"{name_or_folder} is neither hash:D, as hash:64, nor a folder with Wan's text encoder")
+    if str(name_or_folder).startswith("hash"):
+        raise ValueError(f"{name_or_folder}: text without weights is hash:D, as hash:64 for 64 features")
+    return load_umt5(name_or_folder, device)
 
 
 def _words(text: str) -> list[str]:

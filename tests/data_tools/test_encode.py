@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from raw_clips import contents, make_raw, write_clip, write_metadata
+from wan_encoders import save_diffusers, save_original
 
 from data_tools import encode, pack
 from data_tools.encode_sample import encode_sample
@@ -196,6 +197,29 @@ def test_what_cannot_be_encoded_is_said_before_anything_is_written(out):
         with pytest.raises(SystemExit):
             command(encode, out, *words)
     assert contents(out) == before
+
+
+def test_models_in_both_layouts_give_the_same_members(packed, out, tmp_path):
+    save_original(tmp_path / "original")
+    save_diffusers(tmp_path / "diffusers")
+    words = ("--members", "latent,image,text,clip", "--workers", 1, "--device", "cpu")
+    assert command(encode, out, "--model", tmp_path / "original", *words) == 0
+    before = contents(out)
+    assert command(encode, out, "--model", tmp_path / "diffusers", *words, "--replace") == 0
+    assert contents(out) == before
+    dataset = Dataset(out)
+    sidecars = {kind: Sidecar(dataset, kind) for kind in ("latent", "image", "text", "clip")}
+    shapes = {kind: tuple(sidecar.read(4)[kind].shape) for kind, sidecar in sidecars.items()}
+    tokens = shapes["text"][0]
+    assert shapes == {"latent": (16, 3, 8, 6), "image": (16, 3, 8, 6), "text": (tokens, 16), "clip": (5, 160)}
+    codec = load_latent_codec(tmp_path / "original")
+    pixels = video(dataset, 4, 9)
+    found = sidecars["image"].read(4)["image"].float()
+    wanted = codec.encode(first_frame_video(pixels[:, :, 0], 9))[0]
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(found, sidecars["latent"].read(4)["latent"].float(), atol=0.01)
+    with pytest.raises(ShardError, match="codec: 'wan_vae' there, 'dct' here"):
+        command(encode, out, *SIMPLE, "--members", "latent")
 
 
 def test_ranks_split_the_part_of_an_array_task():
