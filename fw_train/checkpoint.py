@@ -44,8 +44,20 @@ __all__ = ["CheckpointError", "list_checkpoints", "load", "peek", "verify_checkp
 
 
 def peek(output: Path, which: int | str) -> Checkpoint | None:
-    """The checkpoint that `load` would try first; its manifest holds the configuration to compare with."""
-    return next(iter(_candidates(output, which)), None)
+    """The checkpoint that `load` tries first; its manifest holds the configuration to compare with. All ranks together.
+
+    A host may not see yet what another one has just written: what rank 0 sees counts.
+    """
+    name, problem = "", ""
+    try:
+        name = next((checkpoint.path.name for checkpoint in _candidates(output, which)), "")
+    except (CheckpointError, OSError) as error:
+        problem = str(error)
+    name, problem = json.loads(gather_texts(json.dumps([name, problem]))[0])
+    if problem:
+        raise CheckpointError(problem)
+    path = checkpoints_folder(output) / name
+    return Checkpoint(path, read_manifest(path / MANIFEST)) if name else None
 
 
 def load(output: Path, which: int | str, fragments: Sequence[Fragment], world: World) -> RunState | None:

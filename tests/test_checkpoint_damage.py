@@ -9,7 +9,7 @@ import random
 import shutil
 
 import pytest
-from checkpoint_samples import blank, flat_fragments, gathered, row_fragments, run_state, same, stage_info, values
+from checkpoint_samples import blank, flat_fragments, gathered, run_state, same, stage_info, values
 from forked_ranks import alone, run_ranks
 
 import fw_train.checkpoint_fragments as fragments_module
@@ -196,13 +196,13 @@ def test_giving_a_checkpoint_up_is_loud_and_saving_the_step_again_repairs_it(out
 
 
 def damaged_for_one_rank(world, output):
-    fragments = row_fragments(SHAPES, blank(SHAPES), world.rank, world.size)
+    fragments = flat_fragments(SHAPES, blank(SHAPES), world.rank, world.size)
     state = load(output, "auto", fragments, world)
     return state.step, [f.master.tolist() for f in fragments]
 
 
 def test_all_ranks_give_up_what_one_of_them_finds_damaged(output):
-    """The damage lies in what rank 1 alone reads."""
+    """Each rank reads what it had saved itself."""
 
     file = files_of(output, 5)[3]
     data = bytearray(file.read_bytes())
@@ -210,7 +210,7 @@ def test_all_ranks_give_up_what_one_of_them_finds_damaged(output):
     file.write_bytes(data)
     results = run_ranks(2, lambda world: damaged_for_one_rank(world, output))
     assert [step for step, _ in results] == [4, 4]
-    held = [row_fragments(SHAPES, OLD, rank, 2) for rank in range(2)]
+    held = [flat_fragments(SHAPES, OLD, rank, 2) for rank in range(2)]
     assert [masters for _, masters in results] == [[f.master.tolist() for f in part] for part in held]
 
 
