@@ -99,7 +99,8 @@ class Monitor:
         self._later(partial(self._draw_cloud, step, scene))
 
     def event(self, step: int, text: str) -> None:
-        """A warning or a note worth keeping, after `step` steps."""
+        """A warning or a note worth keeping, after `step` steps; why a step was skipped, too, with what its caller knows."""
+        self._terminal.line(f"{step_count(step, self.facts.total_steps)}  {text}")
         self._write("event", step, {"text": text})
         before, texts = self._noted
         texts = [*texts, text] if before == step else [text]  # TensorBoard shows one text a step
@@ -155,7 +156,6 @@ class Monitor:
         done = record.step + 1
         values = {"reason": record.reason, **record.losses, "optimiser/gradient_norm": record.grad_norm}
         self._write("skipped", done, values)
-        self._terminal.line(f"{step_count(done, self.facts.total_steps)}  skipped: {record.reason}")
 
     def _eta_s(self, done: int, now: float) -> float | None:
         """By the wall clock since the first step of this start, so that validation and saves count as they come."""

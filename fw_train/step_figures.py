@@ -37,7 +37,7 @@ class StepRecord:
     reason: str  # why it was not
     seconds: float  # of the whole step by the wall; saves, validation and pictures lie outside it
     data_wait_s: float  # the longest of all ranks
-    save_stall_s: float  # how long the loop stood still for a save before this step
+    save_stall_s: float  # how long the loop stood still for a save after this step
     peak_memory_bytes: int
     samples: int
     substituted: int  # samples that could not be read and were replaced
