@@ -11,7 +11,7 @@ from wan_encoders import save_diffusers, save_original
 from data_tools import encode, pack
 from data_tools.encode_sample import encode_sample
 from data_tools.pack import Task
-from fw_train.data import schema
+from fw_train.data import schema, sidecar_files
 from fw_train.data.manifest import Dataset
 from fw_train.data.shards import ShardError
 from fw_train.data.sidecar import Sidecar, read_empty_text
@@ -155,6 +155,21 @@ def test_while_a_part_is_replaced_the_folder_is_not_finished(encoded, tmp_path):
         command(encode, out, *smaller[:-1], "--task", "1/2")
     assert command(encode, out, *smaller, "--task", "2/2") == 0
     assert Sidecar(Dataset(out), "latent").read(4)["latent"].shape == (16, 2, 8, 6)
+
+
+def test_a_replacement_that_is_killed_leaves_no_index_of_another_tar(encoded, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shutil.copytree(encoded, out)
+
+    def dying(path, data):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sidecar_files, "write_file", dying)
+    with pytest.raises(KeyboardInterrupt):
+        command(encode, out, "--text", "hash:17", "--workers", 1, "--replace")
+    monkeypatch.undo()
+    assert command(encode, out, *SIMPLE, "--members", "text") == 0
+    assert contents(out) == contents(encoded)
 
 
 def test_a_dataset_that_was_packed_anew_is_encoded_anew(encoded, packed, tmp_path):
