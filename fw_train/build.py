@@ -52,16 +52,17 @@ def world_params(config: Config) -> WorldParams:
     )
 
 
-def load_model(config: Config, device: torch.device | str) -> FantasyWorldModel:
+def load_model(config: Config, device: torch.device | str, identity: str | None = None) -> FantasyWorldModel:
     """The network of a run with all its weights: the base's, those of the stage before, fresh ones for the rest.
 
+    `identity` spares hashing the base where `base_identity` has been asked already.
     Every file is checked against the network before anything is allocated, and every tensor is read into its place once.
     """
     weights, dtype = config.weights, PRECISIONS[config.train.precision].params
     model = on_meta(lambda: FantasyWorldModel(world_params(config)), dtype)
     if weights.init_from:
         expected = trainable_shapes(model, "stage1")
-        validate_stage_weights(weights.init_from, expected, "stage1", base_identity(config))
+        validate_stage_weights(weights.init_from, expected, "stage1", identity or base_identity(config))
     if weights.base:
         load_wan(model.video, weights.base, device, weights.widen_input)
     if weights.init_from:

@@ -22,6 +22,7 @@ class Group(NamedTuple):
 
 
 COMMANDS: dict[str, Command | Group] = {
+    "train": Command("fw_train.train", "train a stage, or go on with a run"),
     "params": Command("fw_train.commands.params", "count the network's parameters and what trains in the stage"),
     "parity": Command("fw_train.commands.parity", "compare a module with stored reference activations"),
     "data": Group(
@@ -41,7 +42,10 @@ COMMANDS: dict[str, Command | Group] = {
     ),
     "bench": Group(
         "measure speed, memory and FLOPs",
-        {"model": Command("fw_train.commands.bench_model", "the network: forward, backward, peak memory, MFU")},
+        {
+            "model": Command("fw_train.commands.bench_model", "the network: forward, backward, peak memory, MFU"),
+            "data": Command("data_tools.bench_data", "the loader: samples a second, where the time goes, memory"),
+        },
     ),
 }
 

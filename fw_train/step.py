@@ -3,12 +3,11 @@
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fw_train.batch import Batch, Prediction
-from fw_train.flow import draw_sample_noise, mix, velocity_target
+from fw_train.flow import Draw, draw_sample_noise, mix, velocity_target
 from fw_train.losses import LossParams, LossTerms, compute_losses
-from fw_train.model.world import FantasyWorldModel
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class StepParams:
 
 
 def train_step(
-    model: FantasyWorldModel, batch: Batch, params: StepParams, empty_text: Tensor, *, log_diffusion: bool = False
+    model: nn.Module, batch: Batch, params: StepParams, empty_text: Tensor, *, log_diffusion: bool = False
 ) -> LossTerms:
     """Losses of a batch of clean latents with their positions; `empty_text` [L, 4096] embeds the empty prompt.
 
@@ -53,6 +52,8 @@ def noised_batch(batch: Batch, params: StepParams, empty_text: Tensor) -> tuple[
         camera_drop=params.camera_drop,
         text_drop=params.text_drop,
     )
+    # Positions may have stayed on the CPU, where the noise is made.
+    draw = Draw(*(tensor.to(clean.device, non_blocking=True) for tensor in draw))
     noisy = batch.noised(mix(clean, draw.noise, draw.s), draw.timestep)
     noisy = noisy.drop_camera(draw.camera_dropped).drop_text(draw.text_dropped, empty_text)
     return noisy.to(clean.device, params.dtype), velocity_target(clean, draw.noise)
