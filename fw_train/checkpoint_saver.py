@@ -19,6 +19,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -38,12 +39,13 @@ from fw_train.checkpoint_writing import (
     commit,
     give_up,
     report_failure,
+    seal,
     write_rank,
 )
 from fw_train.dist import World, gather_texts
 from fw_train.engine.base import Fragment
 from fw_train.run_state import RunState
-from fw_train.stage_weights import StageInfo, stage_weights_content, write_stage_weights
+from fw_train.stage_weights import StageInfo, new_stage_weights, stage_weights_content
 
 log = logging.getLogger(__name__)
 
@@ -158,6 +160,8 @@ class CheckpointSaver:
                     path, written = self._finish(step, staging, tree, copied)
             except Exception as problem:  # whatever it is, training goes on and the run hears of it
                 error = f"{type(problem).__name__}: {problem}"
+                if not isinstance(problem, OSError):
+                    log.exception("saving step %d", step)
                 if self._world.rank == 0:
                     give_up(staging)
                 else:
@@ -251,12 +255,16 @@ class CheckpointSaver:
     def _finish(self, step: int, staging: Path, tree: dict, weights: StageWeights | None) -> tuple[Path, int]:
         """Rank 0's part after its own files: step-N.safetensors, everybody's index, the commit, making room."""
         record = None
-        if weights is not None:
-            file = self._output / weights_name(step)
-            digest = write_stage_weights(file, weights.tensors, weights.info)
-            record = FileRecord(file.name, file.stat().st_size, digest)
-        files = await_ranks(staging, self._world.size, self._params.deadline_s, self._give_up)
-        path = commit(staging, self._folder, Manifest(step, self._save_number, files, record, tree))
+        with ExitStack() as stack:
+            # The weights get their name when all else is on the disk: saves that fail leave no files of weights behind.
+            if weights is not None:
+                file = self._output / weights_name(step)
+                written = stack.enter_context(new_stage_weights(file, weights.tensors, weights.info))
+                record = FileRecord(file.name, *written)
+            files = await_ranks(staging, self._world.size, self._params.deadline_s, self._give_up)
+            manifest = Manifest(step, self._save_number, files, record, tree)
+            seal(staging, manifest)
+        path = commit(staging, self._folder, manifest)
         try:
             remove_superseded(self._folder, self._params.keep_last, self._params.keep_every)
         except OSError as error:

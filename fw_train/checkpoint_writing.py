@@ -141,13 +141,17 @@ def await_ranks(staging: Path, ranks: int, deadline_s: float, give_up: threading
     return tuple(record for rank in range(ranks) for record in records[rank])
 
 
+def seal(staging: Path, manifest: Manifest) -> None:
+    """Says what belongs to the checkpoint; after this nothing is written, only renamed."""
+    with new_file(staging / MANIFEST) as file:
+        file.write(manifest_bytes(manifest))
+
+
 def commit(staging: Path, folder: Path, manifest: Manifest) -> Path:
-    """Seals the staged files and gives them their name.
+    """Gives the sealed files their name.
 
     An older checkpoint of the same step stays loadable under another name until the new one has its own.
     """
-    with new_file(staging / MANIFEST) as file:
-        file.write(manifest_bytes(manifest))
     path = folder / folder_name(manifest.step)
     replaced = folder / f"{REPLACED}{path.name}.{manifest.save_number:x}"
     if path.exists():

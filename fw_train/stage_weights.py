@@ -4,7 +4,8 @@ The next stage and inference read it. Stage 0's carries the original Wan names, 
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,15 +31,19 @@ class StageInfo(NamedTuple):
     dtype: torch.dtype  # of all tensors
 
 
-def write_stage_weights(path: str | Path, tensors: Mapping[str, Tensor], info: StageInfo) -> str:
-    """Writes the parameters, by their names in the network, so that `path` is the whole file or what it was before.
-
-    Returns the SHA-256 of the file.
-    """
+def write_stage_weights(path: str | Path, tensors: Mapping[str, Tensor], info: StageInfo) -> None:
+    """Writes the parameters, by their names in the network, so that `path` is the whole file or what it was before."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with new_stage_weights(path, tensors, info):
+        pass
+
+
+@contextmanager
+def new_stage_weights(path: Path, tensors: Mapping[str, Tensor], info: StageInfo) -> Iterator[tuple[int, str]]:
+    """Writes the file, and gives it its name when the block ends without an error; its size and SHA-256."""
     stored, metadata = stage_weights_content(path.name, tensors, info)
     digest = hashlib.sha256()
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with new_file(path) as file:
 
@@ -46,10 +51,10 @@ def write_stage_weights(path: str | Path, tensors: Mapping[str, Tensor], info: S
                 file.write(data)
                 digest.update(data)
 
-            write_safetensors(write, stored, metadata)
+            size = write_safetensors(write, stored, metadata)
+            yield size, digest.hexdigest()
     except OSError as error:
-        raise OSError(error.errno, f"{path} could not be written ({error}) and is as it was before") from None
-    return digest.hexdigest()
+        raise OSError(error.errno, f"{path} could not be written ({error}) and is as it was before") from error
 
 
 def stage_weights_content(
