@@ -215,7 +215,7 @@ def _numbers(environ: Mapping[str, str], launcher: str, names: tuple[str, ...]) 
 
 def _with_address(launch: Launch, environ: Mapping[str, str], address: str | None) -> Launch:
     address = environ.get("MASTER_ADDR") or address
-    if launch.size == 1 and "TORCHELASTIC_RUN_ID" not in environ:
+    if launch.size == 1:
         return launch  # no other rank has to find this one
     if address is None:
         raise LaunchError(

@@ -7,6 +7,7 @@ Fragments are found by storage address, because DeepSpeed's own tables are wrong
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -82,9 +83,10 @@ class DeepSpeedEngine:
         base = make_optimiser(groups, params.learning_rate, params.weight_decay)
         deepspeed = import_deepspeed(world)
         self._library: Any = deepspeed
-        self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=base, config=self.settings, dist_init_required=False
-        )
+        with _local_rank_in_environment(world):
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=base, config=self.settings, dist_init_required=False
+            )
         self._zero: Any = None  # DeepSpeed's optimiser around ours; stage 0 has none
         self._base = base
         if params.zero_stage:
@@ -243,7 +245,6 @@ class DeepSpeedEngine:
 def import_deepspeed(world: World) -> Any:
     """DeepSpeed for this device, without probing, compiling or announcing anything."""
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     import deepspeed.ops
@@ -253,6 +254,18 @@ def import_deepspeed(world: World) -> Any:
     if world.device.type == "cpu":
         deepspeed.ops.__compatible_ops__ = {}  # else a shared-memory kernel is compiled for half a minute
     return deepspeed
+
+
+@contextmanager
+def _local_rank_in_environment(world: World) -> Iterator[None]:
+    """DeepSpeed insists on the variable; left behind, it would be half of a launcher's set to every process started later."""
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(world.local_rank)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["LOCAL_RANK"]
 
 
 def partitions(zero: Any) -> list[Partition]:

@@ -86,7 +86,11 @@ class Fsdp2Engine:
 
     def discard(self) -> None:
         self._micro_steps = 0
-        self._root.reset_iter_state()  # also drops what was accumulated before the reduction
+        self._root.reset_iter_state()
+        for parameter in self._wrapped():  # PyTorch keeps what has accumulated and was not reduced yet
+            parameter.unsharded_accumulated_grad = None
+            if hasattr(parameter, "_unsharded_param"):  # gathered at least once
+                parameter._unsharded_param.grad = None
         self._zero_grad()
 
     def _zero_grad(self) -> None:
@@ -143,17 +147,18 @@ class Fsdp2Engine:
         return weights
 
     def state_bytes(self) -> StateBytes:
-        accumulated = [
-            parameter.unsharded_accumulated_grad
-            for module in self.module.modules()
-            if isinstance(module, FSDPModule)
-            for group in module._get_fsdp_state()._fsdp_param_groups
-            for parameter in group.fsdp_params
-        ]
+        accumulated = [parameter.unsharded_accumulated_grad for parameter in self._wrapped()]
         gradients = [p.grad for p in self._sharded.values()]
         return StateBytes(
             storage_bytes([*self._local.values(), *moments(self._optimiser)]), storage_bytes([*gradients, *accumulated])
         )
+
+    def _wrapped(self) -> Iterator[Any]:
+        """PyTorch's own record of every parameter."""
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                for group in module._get_fsdp_state()._fsdp_param_groups:
+                    yield from group.fsdp_params
 
     @property
     def _root(self) -> FSDPModule:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from fw_train import dist
+from fw_train.activation_checkpointing import apply_activation_checkpointing
 from fw_train.batch import Batch
 from fw_train.build import build_model
 from fw_train.engine import EngineParams, make_engine
@@ -19,12 +20,22 @@ RATE = 1e-3
 class Run:
     """An engine around a tiny network, and the samples of its steps."""
 
-    def __init__(self, world, kind="deepspeed", stage="stage1", precision="fp32", accumulate=1, micro=1, **params):
+    def __init__(
+        self,
+        world,
+        kind="deepspeed",
+        stage="stage1",
+        precision="fp32",
+        accumulate=1,
+        micro=1,
+        recompute="none",
+        **params,
+    ):
         torch.manual_seed(world.rank)  # nothing may depend on it
         self.world, self.stage, self.accumulate, self.micro = world, stage, accumulate, micro
         self.dtype = PRECISIONS[precision].params
         model = build_model(tiny_params("camera", interaction=stage == "stage2"), self.dtype)
-        self.frozen = {}
+        apply_activation_checkpointing(model.shard_units(), recompute)
         self.groups = apply_stage(model, stage_rules(stage, gate_lr_scale=10))
         self.frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
         self.initial = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}

@@ -10,7 +10,7 @@ GLOBAL_BATCH = 8
 
 
 def train(kinds, steps):
-    world = dist.start(60)
+    world = dist.start(120)
     outcome = {}
     for kind in kinds:
         run = Run(world, kind, "stage1", "fp32", accumulate=GLOBAL_BATCH // world.size)

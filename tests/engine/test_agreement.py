@@ -13,12 +13,12 @@ STEPS = 3
 
 def both_engines(cases):
     """Trains every case under both engines, one after the other, on the ranks of one world."""
-    world = dist.start(60)
+    world = dist.start(120)
     results = []
-    for stage, precision, zero_stage in cases:
+    for stage, precision, recompute in cases:
         outcome = {}
         for kind in ("deepspeed", "fsdp2"):
-            run = Run(world, kind, stage, precision, accumulate=2, zero_stage=zero_stage)
+            run = Run(world, kind, stage, precision, accumulate=2, recompute=recompute)
             seen = watch_dtypes(run.engine.module)
             losses, norms, positions = run.train(STEPS)
             weights = run.engine.trainable_weights()
@@ -77,14 +77,22 @@ def optimiser_elements(run):
     return int(dist.all_sum(torch.tensor(sum(f.numel for f in run.engine.fragments()))))
 
 
-@pytest.fixture(scope="module")
-def fp32():
-    return run_function(both_engines, [("stage1", "fp32", 2), ("stage2", "fp32", 2)], size=2, timeout_s=120)
+CASES = [("stage1", "fp32", "none"), ("stage2", "fp32", "none"), ("stage2", "bf16", "full")]
 
 
 @pytest.fixture(scope="module")
-def bf16():
-    return run_function(both_engines, [("stage2", "bf16", 2)], size=2, timeout_s=120)
+def trained():
+    return run_function(both_engines, CASES, size=2, timeout_s=300)
+
+
+@pytest.fixture(scope="module")
+def fp32(trained):
+    return [rank[:2] for rank in trained]
+
+
+@pytest.fixture(scope="module")
+def bf16(trained):
+    return [rank[2:] for rank in trained]
 
 
 @pytest.mark.parametrize("case", [0, 1])
