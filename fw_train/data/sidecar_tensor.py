@@ -6,6 +6,7 @@ Axes: F latent frames, H x W pixels, L text tokens, D features.
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -22,6 +23,8 @@ RESIZE = "cover-centre-area"  # data/transform.py: the largest centred window, s
 
 # Latents of about unit variance lose 8 times less in fp16 than in bf16, in the same space; the text encoder's output is bf16.
 DTYPES = {"clip": torch.float16, "image": torch.float16, "latent": torch.float16, "text": torch.bfloat16}
+
+_EXPONENT = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}  # all of its bits are set in NaN and infinity
 
 
 def suffix_of(kind: str) -> str:
@@ -57,7 +60,8 @@ def check_tensor(kind: str, tensor: Tensor, where: str) -> None:
     if not fits or tensor.dtype != DTYPES[kind]:
         wanted = f"[{LATENT_CHANNELS}, F, H/8, W/8]" if dimensions == 4 else "[L, D]"
         raise ShardError(f"{where} is {tensor.dtype} {list(tensor.shape)}; {DTYPES[kind]} {wanted} is needed")
-    if not tensor.isfinite().all():
+    bits = tensor.view(torch.int16).numpy().view(np.uint16)  # a tenth of the time that torch takes with halves
+    if ((bits & _EXPONENT[tensor.dtype]) == _EXPONENT[tensor.dtype]).any():
         raise ShardError(f"{where} holds NaN or infinity")
 
 

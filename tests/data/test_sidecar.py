@@ -252,6 +252,17 @@ def test_numbers_that_the_stored_dtype_cannot_hold_are_refused():
         tensor_bytes("latent", torch.full((16, 1, 2, 2), 1e6), "clip_1")
 
 
+@pytest.mark.parametrize("kind", ["clip", "text"])
+def test_every_value_is_stored_but_nan_and_infinity(kind):
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(DTYPES[kind])
+    finite = every[every.isfinite()][None]
+    assert torch.equal(parse_tensor(kind, tensor_bytes(kind, finite, "it"), "it"), finite)
+    others = every[~every.isfinite()]
+    for value in (*others[::61], *others[:2], *others[-2:], torch.tensor(float("inf")), torch.tensor(float("-inf"))):
+        with pytest.raises(ShardError, match="NaN or infinity"):
+            tensor_bytes(kind, value.reshape(1, 1), "it")
+
+
 def test_a_crafted_tar_is_refused(tmp_path):
     for name in ("/a.latent.safetensors", "../a.latent.safetensors", "a.b.latent.safetensors", "a.pickle"):
         with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
