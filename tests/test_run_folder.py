@@ -116,6 +116,16 @@ def test_of_many_newcomers_one_wins(claimant, tmp_path, stale):
     assert sorted(answers) == ["busy"] * 5 + ["mine"]
 
 
+def test_a_newcomer_that_was_overtaken_does_not_win(tmp_path, monkeypatch):
+    owner = RunFolder.claim(tmp_path)
+    look, stale = run_folder._last, [0]  # it saw no lease; then the owner was faster
+    monkeypatch.setattr(run_folder, "_last", lambda path: stale.pop() if stale else look(path))
+    with pytest.raises(RunFolderBusy):
+        RunFolder.claim(tmp_path)
+    assert owner.still_mine()
+    owner.release()
+
+
 def test_an_owner_on_another_machine_is_known_to_live_by_its_renewals(claimant, tmp_path):
     assert answer(claimant(machine="elsewhere"))[0] == "mine"
     with pytest.raises(RunFolderBusy, match="on elsewhere"):
