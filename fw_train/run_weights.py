@@ -26,12 +26,15 @@ class Replicas:
             return
         found = gather_texts(weights_fingerprint(self._tensors))
         usual = max(sorted(set(found)), key=found.count)
-        strays = [rank for rank, text in enumerate(found) if text != usual]
-        if strays:
-            raise RuntimeError(
-                f"the weights of rank {', '.join(map(str, strays))} differ from the others' (of {len(found)} ranks): its GPU or "
-                f"memory is at fault, or the program; resume from the last checkpoint, without that machine"
-            )
+        if found.count(usual) == len(found):
+            return
+        majority = 2 * found.count(usual) > len(found)
+        strays = [rank for rank, text in enumerate(found) if text != usual or not majority]
+        who = f"of {'rank' if len(strays) == 1 else 'ranks'} {', '.join(map(str, strays))}"
+        raise RuntimeError(
+            f"the weights {who} {'differ from the others' if majority else 'differ from each other'} (of {len(found)} ranks): a "
+            f"GPU or its memory is at fault, or the program; resume from the last checkpoint, without that machine"
+        )
 
 
 def _local(parameter: Tensor) -> Tensor:
