@@ -320,8 +320,9 @@ def test_a_line_a_logged_step_and_no_more(tmp_path):
     log = monitor(tmp_path, every=3, stream=stream)
     for step in range(8):
         log.step(record(step))
-    log.close()
+    wait(log)
     assert re.findall(r"step (\d)/8", stream.getvalue()) == ["1", "3", "6", "8"]
+    log.close()
     assert [line["step"] for line in lines(tmp_path, "step")] == [1, 3, 6, 8]
 
 

@@ -3,7 +3,7 @@ import pytest
 
 from fw_train.camera_path import COLOURED, PALE, CameraPath
 from fw_train.colours import INVALID, depth_scale, heat_colours
-from fw_train.drawing import FAINT, MARGIN, NARROW, SMALL
+from fw_train.drawing import FAINT, MARGIN, NARROW, SMALL, WHITE
 from fw_train.pictures import BARS_PX, CLOUD_POINTS, WORST_ERROR, Scene, bars_picture, camera_sheet, cloud, depth_sheet
 
 HEIGHT, WIDTH, FRAMES = 64, 320, 9
@@ -108,6 +108,8 @@ def test_the_predicted_path_is_drawn_over_the_true_one():
     assert not np.array_equal(wrong, same)
     assert count(wrong, COLOURED.last) > 20
     assert count(wrong, PALE.last) > 20
+    apart = camera_sheet(right._replace(cameras_predicted=CameraPath(centres + 1, right.cameras_true.forward)))
+    assert count(apart, WHITE) == pytest.approx(count(same, WHITE), abs=30)  # one ring
     assert count(same, PALE.last) < 5 < count(same, COLOURED.last)  # the same paths lie on top of each other
 
 
