@@ -8,6 +8,7 @@ from checkpoint_samples import (
     SHAPES,
     blank,
     flat_fragments,
+    gathered,
     row_fragments,
     run_state,
     same,
@@ -16,7 +17,7 @@ from checkpoint_samples import (
 )
 from forked_ranks import alone, run_ranks
 
-from fw_train.checkpoint import load, verify_checkpoint
+from fw_train.checkpoint import load, peek, verify_checkpoint
 from fw_train.checkpoint_files import CheckpointError, open_checkpoint
 from fw_train.checkpoint_saver import CheckpointSaver, SaveParams, StageWeights
 from fw_train.stage_weights import read_stage_info
@@ -101,3 +102,41 @@ def test_every_split_is_loaded_into_every_other(tmp_path, before, after):
     for rank, (step, world_size, rng) in enumerate(states):
         assert (step, world_size) == (5, before[0])
         assert rng == ({"torch": f"rank {rank}"} if before[0] == after[0] else None)
+
+
+def test_another_network_is_refused_and_nothing_is_touched(tmp_path):
+    state = values(SHAPES, 1)
+    for step in (1, 2):
+        saved(tmp_path, step, state)
+    other = {"geo.weight": (5, 8), "geo.bias": (7,), "token": (1, 3), "new": (2,)}
+    for which in ("latest", "auto", 1):  # `auto` is for damage: an older checkpoint would not fit either
+        fragments = flat_fragments(other, values(other, 3), 0, 1)
+        with pytest.raises(CheckpointError, match="does not belong to this network") as error:
+            load(tmp_path, which, fragments, alone())
+        for said in ("missing in the checkpoint: 1 (new)", "unknown to the network: 1 (gate)",
+                     "of another shape: 1 (geo.weight [8, 5], expected [5, 8])"):  # fmt: skip
+            assert said in str(error.value)
+        assert same(gathered([fragments]), values(other, 3))
+
+
+def test_ranks_that_hold_too_little_or_the_same_twice(tmp_path):
+    saved(tmp_path, 1, values(SHAPES, 1))
+    with pytest.raises(
+        CheckpointError, match=r"do not make up the parameters: 1 \(geo.weight: elements 26 to 40 are missing"
+    ):
+        load(tmp_path, "latest", flat_fragments(SHAPES, blank(SHAPES), 0, 2), alone())
+    twice = flat_fragments(SHAPES, blank(SHAPES), 0, 1)
+    with pytest.raises(CheckpointError, match=r"geo.weight: element 0 is held twice"):
+        load(tmp_path, "latest", [*twice, twice[0]], alone())
+
+
+def test_a_look_at_what_would_be_loaded(tmp_path):
+    assert peek(tmp_path, "latest") is None
+    for step in (1, 2):
+        saved(tmp_path, step, values(SHAPES, 1))
+    assert peek(tmp_path, "latest").step == 2
+    assert peek(tmp_path, 1).manifest.state["config"] == run_state(1).config
+    (tmp_path / "checkpoints" / "step-2" / "manifest.json").unlink()
+    assert peek(tmp_path, "auto").step == 1
+    with pytest.raises(CheckpointError, match="step-2/manifest.json is missing"):
+        peek(tmp_path, "latest")
