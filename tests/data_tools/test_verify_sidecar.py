@@ -7,7 +7,7 @@ from raw_clips import make_raw, write_clip, write_metadata
 from sidecars import make_sidecar, noise_facts, noise_tensor
 
 from data_tools import encode, info, pack, verify
-from fw_train.data.manifest import Dataset
+from fw_train.data.manifest import Dataset, seal, unseal
 from fw_train.data.sidecar_files import read_index, write_shard
 
 MEMBERS = ("latent", "text")
@@ -118,6 +118,17 @@ def test_keys_of_other_samples_are_found(out):
     write_shard(out / "clip", "clip", line, noise_facts("clip"), tensors)
     found = problems(out)
     assert any(p.file == "clip/shard-000000.index.jsonl" and "keys are not those" in p.what for p in found)
+
+
+def test_an_index_that_was_sealed_again_is_found(out):
+    path = out / "latent/shard-000000.index.jsonl"
+    lines = unseal(path.read_bytes(), "")
+    lines[0]["tar_sha256"] = "0" * 64
+    path.write_bytes(seal(lines))
+    found = {problem.file: problem.what for problem in problems(out)}
+    assert found.keys() == {"latent/shard-000000.tar", "latent/sidecar.jsonl"}
+    assert "its SHA-256 is" in found["latent/shard-000000.tar"]
+    assert "is not what the indexes of the shards give" in found["latent/sidecar.jsonl"]
 
 
 def test_info_says_what_is_encoded(out, capsys):
