@@ -138,9 +138,8 @@ def write_shard(
         tar = write_tar(file, members)
         if len(tar.samples) != source.totals.samples:
             raise ShardError(f"{source.shard}: {len(tar.samples)} samples; the dataset has {source.totals.samples}")
-        index_path(folder, source.shard).unlink(
-            missing_ok=True
-        )  # of a tar that is replaced: it would seem to fit this one
+        # The index of a tar that is replaced would seem to fit this one.
+        index_path(folder, source.shard).unlink(missing_ok=True)
     header = IndexHeader(
         VERSION,
         source.shard,
