@@ -54,8 +54,9 @@ class EventFiles:
 
     def hparams(self, values: Mapping[str, int | float | str | bool], judged_by: tuple[str, ...]) -> None:
         """What the run is, for comparing it with others by the scalars `judged_by`, which are written elsewhere."""
+        shown = {name: str(value).lower() if isinstance(value, bool) else value for name, value in values.items()}
         writer = self._writing()._get_file_writer()
-        for summary in hparams_summaries(dict(values), dict.fromkeys(judged_by, 0.0))[:2]:  # the third one ends a run
+        for summary in hparams_summaries(shown, dict.fromkeys(judged_by, 0.0))[:2]:  # the third one ends a run
             writer.add_summary(summary)
         self._flush()
 

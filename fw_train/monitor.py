@@ -164,8 +164,8 @@ class Monitor:
         return (now - begun) / (done - first) * (self.facts.total_steps - done) if done > first else None
 
     def _draw_bars(self, step: int, name: str, losses: list[float], names: list[str]) -> None:
-        ranges = [part.removeprefix("t") for part in names]
-        self._events.picture(step, name, bars_picture(losses, ranges, f"{name} after {step} steps"))
+        starts = [str(int(part[1:5])) for part in names]
+        self._events.picture(step, name, bars_picture(losses, starts, f"{name} after {step} steps"))
 
     def _draw_cloud(self, step: int, scene: Scene) -> None:
         points = cloud(scene)

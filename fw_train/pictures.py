@@ -144,8 +144,8 @@ def bars_picture(values: list[float], names: list[str], title: str) -> Picture:
         share = value / highest if np.isfinite(value) and highest > 0 else 0.0
         start = round(floor - max(share, 0.0) * (floor - top))
         picture[start:floor, round(left) + 3 : round(right) - 3] = heat_colours(np.array(0.25 + 0.6 * share))
-        figure = f"{value:.3g}"[:7]
-        for text, row in ((figure, start - 12), (name, floor + 8)):
-            write(picture, (round((left + right - text_width(text, 1)) / 2), row), text, 1, FAINT)
+        figure = f"{value:.3g}"[:5]
+        for text, row in ((figure, start - 20), (name, floor + 8)):
+            write(picture, (round((left + right - text_width(text, SMALL)) / 2), row), text, SMALL, FAINT)
     stroke(picture, np.array((MARGIN, floor)), np.array((width - MARGIN, floor)), 0.6, FAINT)
     return picture

@@ -28,7 +28,7 @@ def facts(**changes):
         "peak_flops_per_gpu": 1e13,
         "config_text": "train:\n  steps: 8\n",
         "code_version": "v0.1.0-3-gabc",
-        "hparams": {"train.learning_rate": 1e-3, "train.stage": "stage1"},
+        "hparams": {"train.learning_rate": 1e-3, "train.stage": "stage1", "engine.cpu_offload": False},
     }
     return RunFacts(**{**known, **changes})
 
@@ -246,9 +246,8 @@ def test_validation_is_written_by_name_and_by_timestep(tmp_path):
     assert points(tmp_path, "validation_diffusion_by_timestep/t0000-0100") == [(0, pytest.approx(0.1))]
     assert points(tmp_path, "validation_diffusion_by_timestep/t0900-1000") == [(0, pytest.approx(1.0))]
     (image,) = events(tmp_path).Images("validation/diffusion_by_timestep")
-    drawn = bars_picture(
-        losses, [f"{i:02}00-{i + 1:02}00" for i in range(10)], "validation/diffusion_by_timestep after 0 steps"
-    )
+    starts = ["0", *(f"{i}00" for i in range(1, 10))]
+    drawn = bars_picture(losses, starts, "validation/diffusion_by_timestep after 0 steps")
     np.testing.assert_array_equal(decoded(image.encoded_image_string), drawn)
 
 
@@ -277,6 +276,9 @@ def test_what_the_run_is_stands_in_text_and_hyperparameters(tmp_path):
     )
     assert session.session_start_info.hparams["train.learning_rate"].number_value == 1e-3
     assert session.session_start_info.hparams["train.stage"].string_value == "stage1"
+    assert (
+        session.session_start_info.hparams["engine.cpu_offload"].string_value == "false"
+    )  # the page shows bools as 0.0000
     assert tuple(info.name.tag for info in experiment.experiment.metric_infos) == JUDGED_BY
 
 
