@@ -7,10 +7,12 @@
     fw bench data packed/ --open 1000000                    # a generated table of that many samples
 
 Loaders take turns, `--repeats` times; medians count. What a loader gives is copied once, as pinning would. MB/s are the bytes
-that are read from files. The clips of OUT are used over and over: a few are enough.
+that are read from files. CPU ms are the processor time of all processes for a sample: what a busy machine does not distort.
+The clips of OUT are used over and over: a few are enough.
 """
 
 import argparse
+import multiprocessing
 import os
 import pickle
 import statistics
@@ -55,6 +57,13 @@ class Variant(NamedTuple):
     files: list[Path]
 
 
+class Rate(NamedTuple):
+    """One turn of a loader."""
+
+    samples_per_s: float
+    cpu_ms: float  # of all processes, a sample
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, metavar="OUT", help="packed dataset; its first bucket is used")
     parser.add_argument("--raw", type=Path, help="the folder that it was packed from, to measure npy files")
@@ -89,37 +98,51 @@ def run(args: argparse.Namespace) -> int:
 
 def _compare(variants: list[Variant], args: argparse.Namespace) -> None:
     """Prints a row for each loader and number of processes."""
-    rates: dict[tuple[str, int], list[float]] = {}
+    found: dict[tuple[str, int], list[Rate]] = {}
     for _ in range(args.repeats):
         for workers in args.workers:
             for variant in variants:
                 with _thrown_out(variant.files) if args.cold else _left_alone():
-                    rates.setdefault((variant.name, workers), []).append(_rate(variant, workers, args.samples))
-    print(f"\n| loader{', cold' if args.cold else ''} | processes | samples/s | spread | MB/s | against the first |")
-    print("|---|---|---|---|---|---|")
+                    found.setdefault((variant.name, workers), []).append(_rate(variant, workers, args.samples))
+    print(
+        f"\n| loader{', cold' if args.cold else ''} | processes | samples/s | spread | MB/s | CPU ms | against the first |"
+    )
+    print("|---|---|---|---|---|---|---|")
     for variant in variants:
         for workers in args.workers:
-            found = rates[variant.name, workers]
-            rate = statistics.median(found)
+            turns = found[variant.name, workers]
+            rates = [turn.samples_per_s for turn in turns]
+            rate, cpu_ms = statistics.median(rates), statistics.median(turn.cpu_ms for turn in turns)
             # Turn by turn: a machine that others use is slow for both.
-            turns = zip(rates[variants[0].name, workers], found, strict=True)
-            ratio = statistics.median(first / other for first, other in turns)
-            spread = f"{min(found):.2f}-{max(found):.2f}"
+            both = zip(found[variants[0].name, workers], turns, strict=True)
+            ratio = statistics.median(first.samples_per_s / other.samples_per_s for first, other in both)
+            spread = f"{min(rates):.2f}-{max(rates):.2f}"
             megabytes = rate * variant.bytes_per_sample / 1e6
-            print(f"| {variant.name} | {workers} | {rate:.2f} | {spread} | {megabytes:.0f} | {ratio:.2f}x |")
+            print(
+                f"| {variant.name} | {workers} | {rate:.2f} | {spread} | {megabytes:.0f} | {cpu_ms:.0f} | {ratio:.2f}x |"
+            )
 
 
-def _rate(variant: Variant, workers: int, samples: int) -> float:
-    """Samples a second, from the arrival of the first one on."""
+def _rate(variant: Variant, workers: int, samples: int) -> Rate:
+    """Measured from the arrival of the first sample on."""
     batches = variant.batches(workers)
     staging = torch.empty(0, dtype=torch.uint8)
     staging = _copy(next(batches), staging)
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), _cpu_seconds()
     for tensors in islice(batches, samples):
         staging = _copy(tensors, staging)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, _cpu_seconds() - start_cpu
     del batches
-    return samples / seconds
+    return Rate(samples / seconds, 1e3 * cpu / samples)
+
+
+def _cpu_seconds() -> float:
+    """Processor time that this process and its loader processes have used."""
+    total = time.process_time()
+    for child in multiprocessing.active_children():
+        user, system = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        total += (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return total
 
 
 def _copy(tensors: list[Tensor], staging: Tensor) -> Tensor:
@@ -212,13 +235,14 @@ def _breakdown(out: Path, bucket: Bucket) -> None:
     opened = open_streams([SourceParams(str(out))], params)
     dataset, fetcher = opened.sources[0].dataset, Fetcher(opened, params, 0)
     arena = Arena(1, slot_bytes(opened, params, 1))
-    spent: dict[str, list[float]] = {}
+    spent: dict[str, list[tuple[float, float]]] = {}
 
     @contextmanager
     def timed(name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, start_cpu = time.perf_counter(), time.process_time()
         yield
-        spent.setdefault(name, []).append(1e3 * (time.perf_counter() - start))
+        seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
+        spent.setdefault(name, []).append((1e3 * seconds, 1e3 * cpu))
 
     staging = torch.empty(0, dtype=torch.uint8)
     for number in range(9):
@@ -240,9 +264,10 @@ def _breakdown(out: Path, bucket: Bucket) -> None:
             got = from_slot(pickle.loads(pickle.dumps(to_slot(batch, 0, writer))), arena)
         with timed("copy to staging"):
             staging = _copy(tensors_of(got.samples), staging)
-    print("\n| one process | ms a sample |\n|---|---|")
+    print("\n| one process | ms a sample | CPU ms |\n|---|---|---|")
     for name, values in spent.items():
-        print(f"| {name} | {statistics.median(values[1:]):.1f} |")
+        seconds, cpu = (statistics.median(column) for column in zip(*values[1:], strict=True))
+        print(f"| {name} | {seconds:.1f} | {cpu:.1f} |")
 
 
 @contextmanager

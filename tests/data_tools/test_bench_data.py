@@ -25,10 +25,13 @@ def test_loaders_take_turns_and_time_is_told_apart(packed, capsys):
     run(packed, "--raw", packed.parent / "raw", "--workers", 0, 1, "--samples", 3, "--repeats", 1, "--cold")
     found = rows(capsys.readouterr().out)
     for name in ("this loader", "webdataset, same tars", "npy folders"):
-        processes, rate, _, megabytes, ratio = (float(cell.strip().rstrip("x").split("-")[0]) for cell in found[name])
+        processes, rate, _, megabytes, cpu_ms, ratio = (
+            float(cell.strip().rstrip("x").split("-")[0]) for cell in found[name]
+        )
         assert processes == 1
         assert rate > 0
         assert megabytes >= 0
+        assert cpu_ms >= 0
         assert ratio == 1 if name == "this loader" else ratio > 0
     parts = {name: float(found[name][0]) for name in ("read and check", "video", "entropy, depth", "hand-over")}
     assert 0 < parts["video"] < 1000 * sum(parts.values())
