@@ -86,7 +86,7 @@ def measure_opening(dataset: Dataset, samples: int) -> None:
         folder = Path(name)
         _generate(dataset, folder, samples)
         print(
-            f"\n| a table of {samples} samples | first batch after | CPU of the trainer | trainer | each process |\n|---|---|---|---|---|"
+            """Seconds of the clock and of the processor to the first batch; memory of this and of a loader process then."""
         )
         for workers in (0, 2):
             # In a process of its own, whose memory holds nothing else.
