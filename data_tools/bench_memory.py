@@ -85,9 +85,8 @@ def measure_opening(dataset: Dataset, samples: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _generate(dataset, folder, samples)
-        print(
-            """Seconds of the clock and of the processor to the first batch; memory of this and of a loader process then."""
-        )
+        print(f"\n| a table of {samples} samples | first batch after | CPU of the trainer | trainer | each process |")
+        print("|---|---|---|---|---|")
         for workers in (0, 2):
             # In a process of its own, whose memory holds nothing else.
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
