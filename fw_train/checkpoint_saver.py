@@ -176,10 +176,14 @@ class CheckpointSaver:
         log.info("saving step %d in the background; training stood still for %.3f s", step, stall_s)
         return Started(True, stall_s)
 
-    def wait(self) -> Outcome | None:
-        """Returns when the last save has been committed or has failed, with how it ended; all ranks together."""
-        if self._thread is not None:
-            self._thread.join()
+    def wait(self, still_waiting: Callable[[], None] = lambda: None) -> Outcome | None:
+        """Returns when the last save has been committed or has failed, with how it ended; all ranks together.
+
+        `still_waiting` is called every second: a slow disk is no rank that hangs.
+        """
+        while self._thread is not None and self._thread.is_alive():
+            self._thread.join(1.0)
+            still_waiting()
         self._collect()
         outcome = json.loads(gather_texts(json.dumps(self._outcome, default=str))[0])
         return Outcome(*outcome)._replace(path=Path(outcome[1]) if outcome[1] else None) if outcome else None

@@ -3,7 +3,6 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from fw_train.checkpoint_layout import Checkpoint
 from fw_train.config import Config, ConfigError, to_tree
 from fw_train.data.loader import TrainingData
 from fw_train.resume_check import compare_configs
@@ -12,21 +11,19 @@ from fw_train.run_state import RunState
 DATA_FIELD = "data.sources"
 
 
-def check_configuration(checkpoint: Checkpoint, config: Config, allowed: Collection[str], base: str) -> None:
-    """Refuses what would change the numbers, before anything is allocated; all reasons in one error."""
-    state = checkpoint.manifest.state
-    problems = compare_configs(state["config"], to_tree(config), allowed)
-    if state["base_hash"] != base:
+def check_configuration(saved: RunState, config: Config, allowed: Collection[str], base: str) -> None:
+    """Refuses what would change the numbers; all reasons in one error."""
+    problems = compare_configs(saved.config, to_tree(config), allowed)
+    if saved.base_hash != base:
         problems.append(
-            f"weights.base is {_short(base)} now and was {_short(state['base_hash'])}: give the base that the run began with"
+            f"weights.base is {_short(base)} now and was {_short(saved.base_hash)}: give the base that the run began with"
         )
-    done = checkpoint.step
-    if config.train.steps < done:
-        problems.append(f"train.steps={config.train.steps}, and {done} steps are done already")
+    if config.train.steps < saved.step:
+        problems.append(f"train.steps={config.train.steps}, and {saved.step} steps are done already")
     if problems:
         raise ConfigError(
-            f"{checkpoint.path} cannot be resumed with this configuration: {'; '.join(problems)}; or begin another run with "
-            f"another run.output"
+            f"step {saved.step} of {config.run.output} cannot be resumed with this configuration: {'; '.join(problems)}; or begin "
+            f"another run with another run.output"
         )
 
 

@@ -29,6 +29,14 @@ class RunState:
     rng: dict[str, Any] | None = None  # of this rank; after loading None where the number of ranks has changed
 
 
+def seed_rng(seed: int, rank: int) -> None:
+    """Starts every generator of this process from the run's seed, each rank apart."""
+    own = seed * 1_000_003 + rank
+    random.seed(own)
+    np.random.seed(own % 2**32)  # noqa: NPY002
+    torch.manual_seed(own)
+
+
 def capture_rng() -> dict[str, Any]:
     """The generators of this process: Python's, NumPy's, torch's on the CPU and on every visible GPU."""
     version, words, gauss = random.getstate()

@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,10 +45,10 @@ from fw_train.optimiser import learning_rate
 from fw_train.precision import PRECISIONS
 from fw_train.resume import check_configuration, check_data
 from fw_train.run_data import BatchMaker, HeldOut, open_data
-from fw_train.run_folder import RunFolder
+from fw_train.run_folder import RunFolder, State
 from fw_train.run_monitor import open_monitor, peak_memory_bytes, scene_of
 from fw_train.run_params import engine_params, save_params, step_params
-from fw_train.run_state import RunState, capture_rng, restore_rng
+from fw_train.run_state import RunState, capture_rng, restore_rng, seed_rng
 from fw_train.run_weights import Replicas, frozen_fingerprint
 from fw_train.stage_weights import StageInfo
 from fw_train.stages import apply_stage, gate_magnitudes, stage_rules
@@ -67,7 +67,7 @@ DIFFUSION_BINS = "validation/diffusion_by_timestep"
 class Outcome(NamedTuple):
     """How a run ended, as its status.json says."""
 
-    state: Literal["finished", "stopped"]
+    state: State  # finished or stopped
     step: int
     reason: str = ""
 
@@ -117,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
                 )
             watch.fail(error)
         log.info("%s at step %d%s", outcome.state, outcome.step, f": {outcome.reason}" if outcome.reason else "")
+        dist.barrier()  # whoever has closed its watch looks after nobody
         watch.close()
         if folder:
             folder.status(outcome.state, outcome.step, outcome.reason)
@@ -139,9 +140,10 @@ def train(
     accumulate = accumulation_steps(config.train.global_batch, world.size, config.train.micro_batch)
     identity = dist.gather_texts(base_identity(config) if world.rank == 0 else "")[0]
     before = peek(output, config.run.resume) if config.run.resume != "never" else None
-    if before is not None:
-        check_configuration(before, config, allowed, identity)
+    if before is not None:  # before anything is allocated
+        check_configuration(before.manifest.run_state(rng=None), config, allowed, identity)
     step = before.step if before else 0
+    seed_rng(config.train.seed, world.rank)
     if folder:
         folder.status("running", step, "")
     if told_to_stop():
@@ -173,6 +175,7 @@ def train(
     segments: tuple[Segment, ...] = (Segment(0, config.train.global_batch),)
     state = load(output, config.run.resume, engine.fragments(), world) if before else None
     if state is not None:
+        check_configuration(state, config, allowed, identity)  # run.resume=auto may have fallen back to another one
         check_data(state, data, allowed)
         engine.restore(state.optimiser_steps, state.scaler_state)
         spikes.restore(state.guard)
@@ -226,12 +229,14 @@ def train(
 
     def save_last(step: int) -> None:
         """Returns when the state after `step` steps is on the disk."""
-        watch.beat("waiting for the checkpoint before", step)
-        ended = saver.wait()
+
+        def still_waiting() -> None:
+            watch.beat("waiting for the checkpoint", step)
+
+        ended = saver.wait(still_waiting)
         if ended is None or ended.step != step or ended.path is None:
             save(step)
-            watch.beat("waiting for the checkpoint", step)
-            ended = saver.wait()
+            ended = saver.wait(still_waiting)
         if ended is None or ended.path is None:
             raise CheckpointsFailing(
                 f"step {step} could not be saved: {ended.error if ended else 'nothing was written'}"
@@ -333,14 +338,13 @@ def train(
                     f"{config.data.max_substituted:g}; check the data with `fw data verify`"
                 )
             for slow in stragglers.add(step, all_ranks.compute_s):
-                monitor.event(step, str(slow))
+                monitor.event(step, f"{slow}; {watch.whereabouts(slow.rank)}")
             agree_every = config.guard.agree_every_steps
             if agree_every and step % agree_every == 0:
                 watch.beat("comparing weights", step)
                 replicas.check()
 
-            last = step == steps
-            stall_s = 0.0
+            last, seconds, stall_s = step == steps, clock.total_s(), 0.0
             if (all_ranks.save_due or last or all_ranks.stop) and step != saved_step:
                 stall_s, saved_step = save(step), step
             monitor.step(
@@ -353,7 +357,7 @@ def train(
                     gates=gate_magnitudes(engine.module) if step % config.run.log_every_steps == 0 else {},
                     applied=stats.applied,
                     reason=problem,
-                    seconds=clock.total_s(),
+                    seconds=seconds,
                     data_wait_s=all_ranks.data_wait_s,
                     save_stall_s=stall_s,
                     peak_memory_bytes=peak_memory_bytes(device),

@@ -170,7 +170,7 @@ def test_a_run_goes_on_with_other_ranks_and_the_other_engine(server, config, who
 
 
 def test_what_changes_the_numbers_is_refused_at_resume_unless_it_is_named(server, config, tmp_path):
-    arguments = [config, f"run.output={tmp_path / 'out'}", "data.validation="]
+    arguments = [config, f"run.output={tmp_path / 'out'}", "data.validation=", "train.warmup_steps=0"]
     server.run([*arguments, "train.steps=2"], size=1, folder=tmp_path)
     changed = [*arguments, "train.steps=3", "train.weight_decay=0.5"]
     (refused,) = server.run(changed, size=1, folder=tmp_path, check=False, name="refused")
@@ -183,7 +183,7 @@ def test_what_changes_the_numbers_is_refused_at_resume_unless_it_is_named(server
 
 def test_other_data_are_refused_at_resume(server, config, data, tmp_path):
     other = make_data(tmp_path, clips=7)
-    arguments = [config, f"run.output={tmp_path / 'out'}", "data.validation="]
+    arguments = [config, f"run.output={tmp_path / 'out'}", "data.validation=", "train.warmup_steps=0"]
     server.run([*arguments, "train.steps=1"], size=1, folder=tmp_path)
     elsewhere = [*arguments, f"data.sources=[{{path: {other}}}]"]
     (refused,) = server.run(elsewhere, size=1, folder=tmp_path, check=False, name="refused")
@@ -245,7 +245,7 @@ def test_what_cannot_be_trained_ends_with_one_clear_error(server, config, tmp_pa
 
 @pytest.mark.parametrize("stage", ["stage0", "stage2"])
 def test_other_stages_train_too_and_hand_over(server, config, whole, tmp_path, stage):
-    changes = ["train.steps=2", f"run.output={tmp_path / 'out'}", f"train.stage={stage}"]
+    changes = ["train.steps=2", "train.warmup_steps=0", f"run.output={tmp_path / 'out'}", f"train.stage={stage}"]
     if stage == "stage2":
         changes.append(f"weights.init_from={whole['deepspeed'] / 'out' / 'step-8.safetensors'}")
     server.run([config, *changes], size=2, folder=tmp_path)

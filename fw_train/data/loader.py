@@ -16,7 +16,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -83,7 +83,7 @@ class TrainingData:
         rank: int,
         world: int,
         micro_batch: int,
-    ) -> Iterator[CodedBatch]:
+    ) -> Generator[CodedBatch, None, None]:
         """A rank's micro-batches from `first_step` up to, not including, `last_step`: all of a step, then those of the next.
 
         Closing the iterator ends the processes.
@@ -143,7 +143,7 @@ class TrainingData:
         finally:
             del iterator  # ends the processes
 
-    def _logged(self, batches: Iterator[CodedBatch]) -> Iterator[CodedBatch]:
+    def _logged(self, batches: Iterator[CodedBatch]) -> Generator[CodedBatch, None, None]:
         for batch in batches:
             for key, reason in batch.substituted:
                 log.warning(
