@@ -67,6 +67,8 @@ def decode_video(
                     continue
                 picture = _Picture.of(frame)
                 if planes is None or first is None:
+                    # Of one frame alone: PyAV loses a little memory whenever it shows side data.
+                    _refuse_mirrored(frame)
                     first, planes = picture, _allocate(len(frames), picture.y.shape, window, empty)
                 elif picture.y.shape != first.y.shape or not np.array_equal(picture.matrix, first.matrix):
                     raise VideoError(f"frame {number} has another size or other colours than frame {frames[0]}")
@@ -125,14 +127,17 @@ def _cut(plane: Planes, window: Window, halved: bool) -> Planes:
 
 def _quarter_turns(frame: av.VideoFrame) -> int:
     """Anticlockwise turns from the frame as coded to the frame as displayed."""
+    if frame.rotation % 90:
+        raise VideoError(f"is displayed at {frame.rotation} degrees; encode it again, turned by quarters at the most")
+    return frame.rotation // 90 % 4
+
+
+def _refuse_mirrored(frame: av.VideoFrame) -> None:
     matrix = frame.side_data.get(Type.DISPLAYMATRIX)  # type: ignore[call-overload]  # its stub names the keys str
     if matrix is not None:
         a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32, 5).tolist()
         if a * d < b * c:
             raise VideoError("is stored mirrored, which is not undone here; encode it again as it is displayed")
-    if frame.rotation % 90:
-        raise VideoError(f"is displayed at {frame.rotation} degrees; encode it again, turned by quarters at the most")
-    return frame.rotation // 90 % 4
 
 
 def _is_full_range(frame: av.VideoFrame) -> bool:
