@@ -113,6 +113,7 @@ class LossConfig:
     depth_weight: float | None = None  # null: the preset's
     point_weight: float | None = None
     camera_weight: float | None = None
+    chamfer_points: int = 4096  # of a clip, that the `guide` preset compares; the work grows with the square
 
 
 @dataclass(frozen=True)
@@ -336,6 +337,8 @@ def _train_problems(config: Config) -> Iterator[str]:
             yield f"train.{name}={getattr(t, name)} is a probability; use 0 to 1"
     if not 0 < config.flow.shift < float("inf"):
         yield f"flow.shift={config.flow.shift} must be positive and finite; 1 leaves the noise levels uniform"
+    if config.loss.chamfer_points < 1:
+        yield f"loss.chamfer_points={config.loss.chamfer_points} must be at least 1"
     for name in ("depth_weight", "point_weight", "camera_weight"):
         weight = getattr(config.loss, name)
         if weight is not None and not 0 <= weight < float("inf"):

@@ -305,18 +305,26 @@ def chamfer(prediction: Tensor, confidence: Tensor, label: Tensor, alpha: float)
     if len(prediction) == 0:
         return prediction.sum() + confidence.sum()  # 0, attached to the graph
     weight = confidence / confidence.mean()
-    to_label = torch.linalg.vector_norm(prediction - label[nearest(prediction, label)], dim=-1)
-    to_prediction = torch.linalg.vector_norm(label - prediction[nearest(label, prediction)], dim=-1)
+    of_prediction, of_label = nearest(prediction, label)
+    to_label = torch.linalg.vector_norm(prediction - label[of_prediction], dim=-1)
+    to_prediction = torch.linalg.vector_norm(label - prediction[of_label], dim=-1)
     return (weight * to_label).mean() + to_prediction.mean() - alpha * weight.log().mean()
 
 
 @torch.no_grad()
-def nearest(queries: Tensor, points: Tensor) -> Tensor:
-    """Index of the nearest of the points [M, 3] for each of the queries [N, 3], in bounded memory."""
+def nearest(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """For each point of a [N, 3] the index of the nearest of b [M, 3], and the other way round, in bounded memory."""
     # Without matrix products: their rounding (TF32's above all) is larger than the distances looked for.
     mode = "donot_use_mm_for_euclid_dist"
-    chunks = queries.split(NEAREST_CHUNK_POINTS)
-    return torch.cat([torch.cdist(chunk, points, compute_mode=mode).argmin(1) for chunk in chunks])
+    of_a, of_b = [], torch.zeros(len(b), dtype=torch.int64, device=b.device)
+    least = torch.full((len(b),), math.inf, dtype=b.dtype, device=b.device)
+    for start in range(0, len(a), NEAREST_CHUNK_POINTS):
+        distance = torch.cdist(a[start : start + NEAREST_CHUNK_POINTS], b, compute_mode=mode)
+        of_a.append(distance.argmin(1))
+        closest, index = distance.min(0)
+        of_b = torch.where(closest < least, index + start, of_b)
+        least = torch.minimum(least, closest)
+    return torch.cat(of_a), of_b
 
 
 def camera_term(prediction: Tensor, label: Tensor, params: LossParams) -> Tensor:

@@ -484,7 +484,9 @@ def test_nearest_over_chunks_and_far_from_the_origin() -> None:
     far = torch.tensor([1000.0, 2000.0, 3000.0])
     queries, points = 4 * uniform(1500, 3) + far, 4 * uniform(1100, 3, seed=1) + far
     squares = (queries.double()[:, None] - points.double()[None]).square().sum(-1)
-    assert torch.equal(losses.nearest(queries, points), squares.argmin(1))
+    of_queries, of_points = losses.nearest(queries, points)
+    assert torch.equal(of_queries, squares.argmin(1))
+    assert torch.equal(of_points, squares.argmin(0))
 
 
 def test_only_the_ratio_of_confidences_counts() -> None:

@@ -31,12 +31,13 @@ def config(tmp_path_factory, data):
 
 
 @pytest.fixture(scope="module")
-def whole(server, config, tmp_path_factory):
+def whole(server, config, data, tmp_path_factory):
     """Uninterrupted runs on two ranks, by engine."""
     folders = {}
     for engine in ENGINES:
         folder = folders[engine] = tmp_path_factory.mktemp(engine)
-        server.run([config, f"run.output={folder / 'out'}", f"engine.kind={engine}"], size=2, folder=folder)
+        arguments = [config, f"run.output={folder / 'out'}", f"engine.kind={engine}", f"data.validation={data}"]
+        server.run(arguments, size=2, folder=folder)
     return folders
 
 
@@ -170,7 +171,7 @@ def test_a_run_goes_on_with_other_ranks_and_the_other_engine(server, config, who
 
 
 def test_what_changes_the_numbers_is_refused_at_resume_unless_it_is_named(server, config, tmp_path):
-    arguments = [config, f"run.output={tmp_path / 'out'}", "data.validation=", "train.warmup_steps=0"]
+    arguments = [config, f"run.output={tmp_path / 'out'}", "train.warmup_steps=0"]
     server.run([*arguments, "train.steps=2"], size=1, folder=tmp_path)
     changed = [*arguments, "train.steps=3", "train.weight_decay=0.5"]
     (refused,) = server.run(changed, size=1, folder=tmp_path, check=False, name="refused")
@@ -183,7 +184,7 @@ def test_what_changes_the_numbers_is_refused_at_resume_unless_it_is_named(server
 
 def test_other_data_are_refused_at_resume(server, config, data, tmp_path):
     other = make_data(tmp_path, clips=7)
-    arguments = [config, f"run.output={tmp_path / 'out'}", "data.validation=", "train.warmup_steps=0"]
+    arguments = [config, f"run.output={tmp_path / 'out'}", "train.warmup_steps=0"]
     server.run([*arguments, "train.steps=1"], size=1, folder=tmp_path)
     elsewhere = [*arguments, f"data.sources=[{{path: {other}}}]"]
     (refused,) = server.run(elsewhere, size=1, folder=tmp_path, check=False, name="refused")
@@ -204,9 +205,12 @@ def test_a_signal_on_one_rank_stops_all_after_the_step_saved(server, config, who
 
 
 @pytest.mark.parametrize("phase", ["building the network", "validating"])
-def test_a_signal_before_the_first_step_stops_too(server, config, tmp_path, phase):
+def test_a_signal_before_the_first_step_stops_too(server, config, data, tmp_path, phase):
     run = server.start(
-        [config, f"run.output={tmp_path / 'out'}"], size=2, folder=tmp_path, faults=[Fault(f"signal in {phase}", 1)]
+        [config, f"run.output={tmp_path / 'out'}", f"data.validation={data}"],
+        size=2,
+        folder=tmp_path,
+        faults=[Fault(f"signal in {phase}", 1)],
     )
     assert [outcome.returncode for outcome in run.wait(60)] == [0, 0]
     assert read_status(tmp_path / "out") == ("stopped", 0, "before the first step")

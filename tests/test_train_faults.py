@@ -24,7 +24,7 @@ def server():
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    return write_config(folder / "tiny.yaml", make_data(folder), "set run.output", data={"validation": ""})
+    return write_config(folder / "tiny.yaml", make_data(folder), "set run.output")
 
 
 def train(server, config, folder, *changes, faults=(), size=2, **options):

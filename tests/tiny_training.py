@@ -32,9 +32,10 @@ def write_config(path, data, output, **sections):
     tree = {
         "model": MODEL,
         "data": {
-            "sources": [{"path": str(data)}], "validation": str(data), "frames": 5, "sizes_px": [[32, 48]],
+            "sources": [{"path": str(data)}], "frames": 5, "sizes_px": [[32, 48]],
             "text_tokens": 4, "workers": 0,
         },
+        "loss": {"chamfer_points": 128},
         "train": {
             "stage": "stage1", "steps": 8, "global_batch": 4, "micro_batch": 1, "learning_rate": 1e-3, "precision": "fp32",
             "activation_checkpointing": "none", "warmup_steps": 3, "diffusion_every_steps": 3,
