@@ -316,7 +316,7 @@ def train(
                 engine.discard()
                 stats = StepStats(applied=False, grad_norm=float("nan"))
             else:
-                stats = engine.step()
+                stats = engine.step(group_norms=(step + 1) % config.run.log_every_steps == 0)
                 if not stats.applied:
                     problem = spikes.overrule(f"the gradient's norm is {stats.grad_norm}")
             clock.mark("optimiser")
@@ -353,7 +353,7 @@ def train(
                     losses=all_ranks.losses,
                     learning_rates={"base": rate, "gates": rate * config.train.gate_lr_scale},
                     grad_norm=stats.grad_norm,
-                    group_norms={},
+                    group_norms=stats.group_norms,
                     gates=gate_magnitudes(engine.module) if step % config.run.log_every_steps == 0 else {},
                     applied=stats.applied,
                     reason=problem,

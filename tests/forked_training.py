@@ -236,9 +236,9 @@ class _Hooks:
         self.engine = engine
         step = engine.step
 
-        def stepping():
+        def stepping(*arguments, **options):
             self._event()
-            return step()
+            return step(*arguments, **options)
 
         engine.step = stepping
 

@@ -8,15 +8,18 @@ stats = engine.step()
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 
-class StepStats(NamedTuple):
+@dataclass(frozen=True)
+class StepStats:
     applied: bool  # False: some rank's gradient was not finite, and nothing has changed anywhere
     grad_norm: float  # of the whole gradient over all ranks, before clipping; inf or nan where it was not finite
+    # The same by module group, where asked for; their squares add up to its square.
+    group_norms: dict[str, float] = field(default_factory=dict)
 
 
 class Fragment(NamedTuple):
@@ -66,8 +69,11 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Accumulates the gradient of the mean over `accumulate` calls; the last of them reduces over the ranks."""
 
-    def step(self) -> StepStats:
-        """Clips and applies the accumulated gradient, or skips it whole on all ranks; then it is gone."""
+    def step(self, group_norms: bool = False) -> StepStats:
+        """Clips and applies the accumulated gradient, or skips it whole on all ranks; then it is gone.
+
+        `group_norms`, the same on all ranks: also tells the norm of each module group, for one more small all-reduce.
+        """
 
     def discard(self) -> None:
         """Drops the accumulated gradient without a step, after any number of backward passes; all ranks together."""

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as c10d
 from torch import Tensor, nn
 
-from fw_train.dist import World
+from fw_train.dist import World, all_sum
 from fw_train.engine.base import EngineError, EngineParams, Fragment, StateBytes, StepStats
+from fw_train.engine.group_norms import norms_by_group
 from fw_train.engine.state import adam_steps, fill_adam_state, moments, set_adam_steps, storage_bytes
 from fw_train.optimiser import make_optimiser, set_learning_rate
 from fw_train.stages import ParameterGroup
@@ -63,6 +64,15 @@ def _impossible(params: EngineParams) -> str | None:
     return None
 
 
+class Owned(NamedTuple):
+    """What one rank masters of one parameter, in elements from the beginning of the parameter's group."""
+
+    parameter: nn.Parameter
+    offset: int  # of the parameter
+    first: int
+    last: int  # exclusive
+
+
 class Partition(NamedTuple):
     """One parameter group of ZeRO 1 and 2: all its parameters end to end, of which this rank masters one run."""
 
@@ -70,6 +80,14 @@ class Partition(NamedTuple):
     low: Tensor  # the whole group in the model's dtype; the parameters are views of it
     master: Tensor  # fp32, this rank's run
     start: int  # of the run in the group
+
+    def owned(self) -> Iterator[Owned]:
+        end = self.start + self.master.numel()
+        for p in self.parameters:
+            offset = (p.data_ptr() - self.low.data_ptr()) // p.element_size()
+            first, last = max(offset, self.start), min(offset + p.numel(), end)
+            if first < last:
+                yield Owned(p, offset, first, last)
 
 
 class DeepSpeedEngine:
@@ -106,24 +124,48 @@ class DeepSpeedEngine:
             loss.register_hook(lambda _: self._engine._backward_prologue())
         self._engine.backward(loss)
 
-    def step(self) -> StepStats:
+    def step(self, group_norms: bool = False) -> StepStats:
         if self._micro_steps != self.params.accumulate:
             raise EngineError(f"step() after {self._micro_steps} of {self.params.accumulate} micro-batches")
         self._micro_steps = 0
+        by_group = self._group_norms() if group_norms else {}
         if self._zero is None:
-            return self._step_unsharded()
+            return self._step_unsharded(by_group)
         self._engine.step()
-        return StepStats(self._engine.was_step_applied(), float(self._engine.get_global_grad_norm()))
+        return StepStats(self._engine.was_step_applied(), float(self._engine.get_global_grad_norm()), by_group)
 
-    def _step_unsharded(self) -> StepStats:
+    def _step_unsharded(self, by_group: dict[str, float]) -> StepStats:
         """Stage 0: DeepSpeed would apply what is not finite."""
         gradients = [p for p in self._trainable if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(gradients, self.params.max_grad_norm)
         if not norm.isfinite():  # the same on all ranks: their gradients are
             self._engine.zero_grad()
-            return StepStats(False, float(norm))
+            return StepStats(False, float(norm), by_group)
         self._engine.step()
-        return StepStats(True, float(norm))
+        return StepStats(True, float(norm), by_group)
+
+    def _group_norms(self) -> dict[str, float]:
+        pieces = list(self._reduced_gradients())
+        norms = torch._foreach_norm([gradient for _, gradient in pieces]) if pieces else ()
+        named = zip((self._names[id(p)] for p, _ in pieces), norms, strict=True)
+        # without ZeRO every rank has everything
+        return norms_by_group(self._names.values(), named, all_sum if self._zero is not None else lambda total: total)
+
+    def _reduced_gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Of this rank's partition, where the last backward pass left them; never copies."""
+        zero = self._zero
+        if zero is None:
+            yield from ((p, p.grad) for p in self._trainable if p.grad is not None)
+        elif self.params.zero_stage == 3:
+            for index, parameters in enumerate(zero.fp16_groups):
+                yield from zip(parameters, zero.averaged_gradients[index], strict=True)
+        else:
+            for index, part in enumerate(partitions(zero)):
+                if hasattr(zero, "fp32_groups_gradients_flat"):  # whole on every rank
+                    flat = zero.fp32_groups_gradients_flat[index]
+                    yield from ((own.parameter, flat[own.first : own.last]) for own in part.owned())
+                else:
+                    yield from _averaged(part, zero.averaged_gradients[index])
 
     def discard(self) -> None:
         self._micro_steps = 0
@@ -156,14 +198,10 @@ class DeepSpeedEngine:
             return [self._fragment(p, p.shape, 0, p.numel(), p, 0) for p in parameters]
         fragments = []
         for part in partitions(self._zero):
-            end = part.start + part.master.numel()
-            for p in part.parameters:
-                offset = (p.data_ptr() - part.low.data_ptr()) // p.element_size()
-                first, last = max(offset, part.start), min(offset + p.numel(), end)
-                if first < last:
-                    fragment = self._fragment(p, p.shape, first - offset, last - first, part.master, first - part.start)
-                    _check_rounded(fragment, part.low[first:last])
-                    fragments.append(fragment)
+            for p, offset, first, last in part.owned():
+                fragment = self._fragment(p, p.shape, first - offset, last - first, part.master, first - part.start)
+                _check_rounded(fragment, part.low[first:last])
+                fragments.append(fragment)
         return fragments
 
     def _fragments_of_stage_3(self) -> Iterator[Fragment]:
@@ -278,6 +316,14 @@ def partitions(zero: Any) -> list[Partition]:
         Partition(parameters, low, master, c10d.get_rank(group) * master.numel())
         for parameters, low, master, group in zip(*tables, zero.real_dp_process_group, strict=True)
     ]
+
+
+def _averaged(part: Partition, gradients: Sequence[Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """DeepSpeed lists a partition's gradients in the order of the parameters, with padding between and behind them."""
+    pieces = [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]
+    for own, piece in zip(part.owned(), pieces, strict=False):  # fp32's padding at the end is not marked
+        assert piece.numel() == own.last - own.first, "DeepSpeed's gradients are not in the order of its parameters"
+        yield own.parameter, piece
 
 
 def _check_rounded(fragment: Fragment, low: Tensor) -> None:

@@ -16,6 +16,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from fw_train.dist import World, all_sum
 from fw_train.engine.base import EngineError, EngineParams, Fragment, StateBytes, StepStats
+from fw_train.engine.fsdp2_internals import accumulated_gradients, drop_accumulated_gradients
+from fw_train.engine.group_norms import norms_by_group
 from fw_train.engine.loss_scale import LossScale
 from fw_train.engine.state import adam_steps, fill_adam_state, moments, set_adam_steps, storage_bytes
 from fw_train.model.world import FantasyWorldModel
@@ -28,8 +30,6 @@ class Fsdp2Engine:
     def __init__(
         self, model: FantasyWorldModel, groups: Sequence[ParameterGroup], params: EngineParams, world: World
     ) -> None:
-        if not hasattr(FSDPModule, "reset_iter_state"):
-            raise EngineError(f"the engine fsdp2 needs PyTorch 2.13 or newer, found {torch.__version__}; use deepspeed")
         self.params = params
         self.module: nn.Module = model
         self._world = world
@@ -61,13 +61,18 @@ class Fsdp2Engine:
         scale = self._scale.value if self._scale else 1.0
         (loss * (scale / self.params.accumulate)).backward()
 
-    def step(self) -> StepStats:
+    def step(self, group_norms: bool = False) -> StepStats:
         if self._micro_steps != self.params.accumulate:
             raise EngineError(f"step() after {self._micro_steps} of {self.params.accumulate} micro-batches")
         self._micro_steps = 0
         scale = self._scale.value if self._scale else 1.0
         gradients = {name: _as_dtensor(p.grad).to_local() for name, p in self._sharded.items() if p.grad is not None}
-        norm = self._norm(list(gradients.values())) / scale
+        norms = torch._foreach_norm(list(gradients.values())) if gradients else ()  # of gradients that are still scaled
+        norm = self._whole_norm(norms) / scale
+        by_group = {}
+        if group_norms:
+            pieces = zip(gradients, norms, strict=True)
+            by_group = norms_by_group(self._sharded, ((name, piece / scale) for name, piece in pieces), all_sum)
         finite = bool(norm.isfinite())  # of the sum over ranks: all agree
         if finite:
             factor = torch.clamp(self.params.max_grad_norm / (norm + 1e-6), max=1.0) / scale
@@ -77,20 +82,16 @@ class Fsdp2Engine:
         if self._scale:
             self._scale.update(finite)
         self._zero_grad()
-        return StepStats(finite, float(norm))
+        return StepStats(finite, float(norm), by_group)
 
-    def _norm(self, gradients: list[Tensor]) -> Tensor:
-        """The norm over all ranks, of gradients that are still scaled."""
-        norms = torch.stack(torch._foreach_norm(gradients)) if gradients else torch.zeros(1)
-        return all_sum(norms.square().sum().to(self._world.device)).sqrt()
+    def _whole_norm(self, norms: Sequence[Tensor]) -> Tensor:
+        """From the norms of this rank's shards, over all ranks."""
+        stacked = torch.stack(list(norms)) if norms else torch.zeros(1)
+        return all_sum(stacked.square().sum().to(self._world.device)).sqrt()
 
     def discard(self) -> None:
         self._micro_steps = 0
-        self._root.reset_iter_state()
-        for parameter in self._wrapped():  # PyTorch keeps what has accumulated and was not reduced yet
-            parameter.unsharded_accumulated_grad = None
-            if hasattr(parameter, "_unsharded_param"):  # gathered at least once
-                parameter._unsharded_param.grad = None
+        drop_accumulated_gradients(self.module)
         self._zero_grad()
 
     def _zero_grad(self) -> None:
@@ -147,18 +148,8 @@ class Fsdp2Engine:
         return weights
 
     def state_bytes(self) -> StateBytes:
-        accumulated = [parameter.unsharded_accumulated_grad for parameter in self._wrapped()]
-        gradients = [p.grad for p in self._sharded.values()]
-        return StateBytes(
-            storage_bytes([*self._local.values(), *moments(self._optimiser)]), storage_bytes([*gradients, *accumulated])
-        )
-
-    def _wrapped(self) -> Iterator[Any]:
-        """PyTorch's own record of every parameter."""
-        for module in self.module.modules():
-            if isinstance(module, FSDPModule):
-                for group in module._get_fsdp_state()._fsdp_param_groups:
-                    yield from group.fsdp_params
+        gradients = [*(p.grad for p in self._sharded.values()), *accumulated_gradients(self.module)]
+        return StateBytes(storage_bytes([*self._local.values(), *moments(self._optimiser)]), storage_bytes(gradients))
 
     @property
     def _root(self) -> FSDPModule:

@@ -46,10 +46,13 @@ def examine_one(world, settings):
     seen["steps"].append(engine.optimiser_steps())
     seen["scaler"] = engine.scaler_state()
 
-    # Dropped gradients are gone: after both backward passes, and after one of two, which the next step would take along.
+    # Dropped gradients are gone: after both backward passes, after one of two, which the next step would take along, and after
+    # a forward pass whose backward pass never comes.
     run.accumulate_gradients(2, scale=50.0)
     engine.discard()
     engine.backward(run.losses(100 + world.rank).total)
+    engine.discard()
+    run.losses(200 + world.rank)
     engine.discard()
     seen["discarded"] = same(before, run.state())
 
