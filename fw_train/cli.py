@@ -24,6 +24,7 @@ class Group(NamedTuple):
 COMMANDS: dict[str, Command | Group] = {
     "train": Command("fw_train.train", "train a stage, or go on with a run"),
     "promote": Command("fw_train.commands.promote", "say whether a stage-1 run is ready for stage 2"),
+    "baseline": Command("fw_train.commands.baseline", "score the best constant prediction on held-out clips"),
     "params": Command("fw_train.commands.params", "count the network's parameters and what trains in the stage"),
     "parity": Command("fw_train.commands.parity", "compare a module with stored reference activations"),
     "data": Group(
@@ -45,6 +46,9 @@ COMMANDS: dict[str, Command | Group] = {
         "measure speed, memory and FLOPs",
         {
             "model": Command("fw_train.commands.bench_model", "the network: forward, backward, peak memory, MFU"),
+            "train": Command(
+                "fw_train.commands.bench_train", "training: parts of a step, memory, saves, the loop's cost"
+            ),
             "data": Command("data_tools.bench_data", "the loader: samples a second, where the time goes, memory"),
         },
     ),
