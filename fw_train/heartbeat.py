@@ -80,7 +80,8 @@ def stack_of(frame: FrameType | None) -> tuple[str, ...]:
     """The calls of a thread, most recent last, each with its line of source."""
     calls: list[str] = []
     while frame is not None and len(calls) < STACK_FRAMES:
-        code, line = frame.f_code, frame.f_lineno
+        code = frame.f_code
+        line = frame.f_lineno or code.co_firstlineno  # another thread's may have none between two lines
         source = linecache.getline(code.co_filename, line).strip()
         calls.append(f"{code.co_filename}:{line} in {code.co_name}: {source}")
         frame = frame.f_back

@@ -1,4 +1,5 @@
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -141,3 +142,9 @@ def test_a_stack_ends_with_the_innermost_call_and_its_source():
     assert stack[-1].startswith(__file__)
     assert stack[-1].endswith("stack = stack_of(sys._getframe())")
     assert stack_of(None) == ()
+
+
+def test_a_frame_between_two_lines_is_named_by_its_function():
+    here = sys._getframe()
+    between = SimpleNamespace(f_code=here.f_code, f_lineno=None, f_back=None)
+    assert f":{here.f_code.co_firstlineno} in {here.f_code.co_name}: def test" in stack_of(between)[0]
