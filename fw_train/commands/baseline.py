@@ -1,0 +1,124 @@
+"""What the best constant prediction scores on the held-out clips: the bar that a network has to clear to have learnt anything.
+
+    fw baseline configs/demo.yaml
+    fw baseline configs/stage1.yaml --clips 2000 --run outputs/stage1
+
+Every clip gets the same prediction, the mean over the training clips of its size: per-pixel depth and points, and the mean
+camera path. It is judged as `fw train` judges the network: the `guide` terms, on the clips of `data.validation`. With --run the
+figures of that run's first and last validation stand beside it, with how many times the last one is better than the constant.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fw_train.batch import Batch, Prediction
+from fw_train.build import world_params
+from fw_train.commands.arguments import add_config, read_config
+from fw_train.commands.promote import read_validations
+from fw_train.config import Config, ConfigError
+from fw_train.losses import LossParams, sample_losses
+from fw_train.monitor import METRICS
+from fw_train.run_data import BatchMaker, HeldOut, open_data
+from fw_train.validation import GEOMETRY, Tally
+
+
+class MeanLabels:
+    """The mean labels of the clips of one size; pixels that no clip has valid are 1 far and at the origin."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, batch: Batch) -> None:
+        assert batch.depth is not None
+        assert batch.points is not None
+        assert batch.valid is not None
+        assert batch.pose9 is not None
+        valid = batch.valid[0]
+        parts = {
+            "depth": torch.where(valid, batch.depth[0], 0).double(),
+            "points": torch.where(valid[:, None], batch.points[0], 0).double(),
+            "valid": valid.double(),
+            "pose9": batch.pose9[0].double(),
+            "clips": torch.ones((), dtype=torch.float64),
+        }
+        for name, value in parts.items():
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def prediction(self) -> Prediction:
+        sums, seen = self._sums, self._sums["valid"].clamp_min(1)
+        depth = torch.where(sums["valid"] > 0, sums["depth"] / seen, 1).float()
+        points = (sums["points"] / seen[:, None]).float()
+        cameras = (sums["pose9"] / sums["clips"]).float()
+        return Prediction(None, depth[None], points[None], torch.ones_like(depth)[None], cameras[None])
+
+
+class Row(NamedTuple):
+    term: str
+    constant: float
+    first: float | None
+    last: float | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    parser.add_argument("--clips", type=int, metavar="N", help="average over so many training clips (default: all)")
+    parser.add_argument("--run", dest="run_folder", type=Path, metavar="RUN", help="show a run's validation beside it")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    config = read_config(args)
+    constant = constant_losses(config, args.clips)
+    rows = compare(constant, args.run_folder)
+    if args.json:
+        print(json.dumps({row.term: row._asdict() for row in rows}))
+        return 0
+    print(f"{'':8}{'constant':>10}{'first':>10}{'last':>10}  better than the constant")
+    for row in rows:
+        first, last = ("-" if value is None else f"{value:.4f}" for value in (row.first, row.last))
+        times = "" if row.last is None else f"{row.constant / row.last:.2f}x"
+        print(f"{row.term:8}{row.constant:10.4f}{first:>10}{last:>10}  {times}")
+    return 0
+
+
+def constant_losses(config: Config, clips: int | None = None) -> dict[str, float]:
+    """The `guide` terms of the constant prediction, means over the held-out clips."""
+    if not config.data.validation:
+        raise ConfigError("data.validation is empty; give the folder of held-out clips")
+    wan = world_params(config).wan
+    make_batch = BatchMaker(config, wan, torch.device("cpu"))
+    data = open_data(config, wan)
+    means: dict[tuple[int, ...], MeanLabels] = {}
+    for stream in range(len(data.streams)):
+        rows = data.rows(stream)
+        for row in rows if clips is None else rows[:: max(1, len(rows) * len(data.streams) // clips)]:
+            batch = make_batch(data.sample_batch(data.source_of(stream), [int(row)], [0]))
+            means.setdefault(size_of(batch), MeanLabels()).add(batch)
+    tally = Tally()
+    for coded, _ in HeldOut(config, wan, rank=0, world=1).batches():
+        batch = make_batch(coded)
+        if size_of(batch) not in means:
+            raise ValueError(f"no training clip has the size {size_of(batch)} of the held-out clip {batch.keys[0]}")
+        losses = sample_losses(means[size_of(batch)].prediction(), batch, None, LossParams("guide"))
+        for term in GEOMETRY:
+            tally.add(term, getattr(losses, term).value, getattr(losses, term).counted)
+    return tally.means(GEOMETRY, lambda tensor: tensor)
+
+
+def size_of(batch: Batch) -> tuple[int, ...]:
+    """Frames, height and width of the labels."""
+    assert batch.depth is not None
+    return tuple(batch.depth.shape[1:])
+
+
+def compare(constant: dict[str, float], run_folder: Path | None) -> list[Row]:
+    """The constant's losses beside the first and the last validation of a run."""
+    validated = read_validations(run_folder / METRICS) if run_folder else {}
+    ends = [validated[step] for step in (min(validated), max(validated))] if validated else [{}, {}]
+    names = {term: f"validation/{term}_loss" for term in GEOMETRY}
+    return [Row(term, constant[term], *(end.get(names[term]) for end in ends)) for term in GEOMETRY if term in constant]

@@ -1,0 +1,51 @@
+import json
+
+import pytest
+import torch
+from tiny_training import make_data, write_config
+
+from fw_train.batch import Batch
+from fw_train.cli import main
+from fw_train.commands.baseline import MeanLabels, compare
+
+
+def labels(depth, valid, pose):
+    depth = torch.tensor(depth).view(1, 1, 1, -1)
+    return Batch(
+        latents=torch.zeros(1), text=torch.zeros(1), depth=depth, valid=torch.tensor(valid).view(1, 1, 1, -1),
+        points=depth[:, :, None].expand(-1, -1, 3, -1, -1) * 10, pose9=torch.full((1, 1, 9), pose),
+    )  # fmt: skip
+
+
+def test_the_constant_is_the_mean_over_the_clips_that_have_the_pixel():
+    means = MeanLabels()
+    means.add(labels([1.0, 2.0, float("nan")], [True, True, False], 0.5))
+    means.add(labels([3.0, 99.0, 7.0], [True, False, False], 1.5))
+    constant = means.prediction()
+    assert constant.depth.flatten().tolist() == [2.0, 2.0, 1.0]
+    assert constant.points[0, 0, 0].flatten().tolist() == [20.0, 20.0, 0.0]
+    assert constant.cameras.flatten().tolist() == [1.0] * 9
+
+
+def test_one_clip_is_its_own_best_constant(tmp_path, capsys):
+    data = make_data(tmp_path, clips=1)
+    config = write_config(tmp_path / "c.yaml", data, tmp_path / "out", data={"validation": str(data)})
+    assert main(["baseline", str(config), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {term: row["constant"] for term, row in rows.items()} == pytest.approx(
+        {"depth": 0, "point": 0, "camera": 0}, abs=1e-5
+    )
+
+
+def test_a_run_stands_beside_it_and_validation_is_needed(tmp_path, capsys):
+    lines = [
+        {"kind": "validation", "step": step, "validation/depth_loss": depth, "validation/camera_loss": 0.5}
+        for step, depth in ((0, 4.0), (20, 1.0), (10, 2.0))
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    rows = {row.term: row for row in compare({"depth": 3.0, "point": 1.0}, tmp_path)}
+    assert rows["depth"] == ("depth", 3.0, 4.0, 1.0)
+    assert rows["point"] == ("point", 1.0, None, None)
+    config = write_config(tmp_path / "c.yaml", "nowhere", tmp_path / "out")
+    assert main(["baseline", str(config)]) == 1
+    assert "data.validation is empty" in capsys.readouterr().err
