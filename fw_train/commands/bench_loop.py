@@ -41,6 +41,7 @@ class Cost(NamedTuple):
 
     wall_s: float
     cpu_s: float  # of all threads of this process; a busy machine hardly changes it
+    engine_s: float  # of the wall, what `train_step`, `backward` and `step` took of the main thread
 
 
 class Ratio(NamedTuple):
@@ -56,6 +57,7 @@ class LoopFigures(NamedTuple):
     trainer: Cost
     wall: Ratio
     cpu: Ratio
+    own_s: float  # of a step of the trainer, the median time outside of `train_step`, `backward` and `step`
     turns: int
     steps: int  # counted, of each loop
 
@@ -79,26 +81,42 @@ class Alternation:
         self._batch, self._params, self._accumulate = batch, params, accumulate
         self._turns, self._steps = turns, steps
         self._engine: Engine | None = None
+        self._engine_s = 0.0
         self.bare: list[Cost] = []  # mean steps by turn
         self.trainer: list[Cost] = []
 
     def make_engine(self, *arguments: Any) -> Engine:
-        self._engine = make_engine(*arguments)
-        return self._engine
+        engine = self._engine = make_engine(*arguments)
+        for verb in ("backward", "step"):
+            setattr(engine, verb, self.timed(getattr(engine, verb)))
+        return engine
+
+    def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The same call, with its time added up."""
+
+        def calling(*arguments: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            result = call(*arguments, **options)
+            self._engine_s += time.perf_counter() - began
+            return result
+
+        return calling
+
+    def _now(self) -> Cost:
+        synchronise(self._batch.latents.device)
+        return Cost(time.perf_counter(), time.process_time(), self._engine_s)
 
     def batches(self, *_: Any, **__: Any) -> Generator[InMemory, None, None]:
         coded = InMemory(tuple(f"sample{number:08}" for number in range(len(self._batch.latents))))
-        device = self._batch.latents.device
         for _turn in range(self._turns):
             self.bare.append(self._bare_turn())
             marks = []
             for _step in range(self._steps):
-                synchronise(device)
-                marks.append(now())
+                marks.append(self._now())
                 for _micro_step in range(self._accumulate):
                     yield coded
-            synchronise(device)  # the trainer asks for the next step: the last one is done, monitored and all
-            marks.append(now())
+            # The trainer asks for the next step: the last one is done, monitored and all.
+            marks.append(self._now())
             self.trainer.append(mean_step(marks))
         for _micro_step in range(self._accumulate):
             yield coded  # the trainer's last step also saves
@@ -106,18 +124,17 @@ class Alternation:
     def _bare_turn(self) -> Cost:
         marks = []
         for _ in range(self._steps):
-            synchronise(self._batch.latents.device)
-            marks.append(now())
+            marks.append(self._now())
             self._bare_step()
-        synchronise(self._batch.latents.device)
-        marks.append(now())
+        marks.append(self._now())
         return mean_step(marks)
 
     def _bare_step(self) -> None:
         engine = self._engine
         assert engine is not None
+        step = self.timed(train_step)
         for _ in range(self._accumulate):
-            engine.backward(train_step(engine.module, self._batch, self._params, self.empty_text).total)
+            engine.backward(step(engine.module, self._batch, self._params, self.empty_text).total)
         engine.step()
 
 
@@ -139,6 +156,7 @@ def compare_loops(
         "open_data": lambda *_: both,
         "BatchMaker": lambda *_: lambda coded: batch,
         "make_engine": both.make_engine,
+        "train_step": both.timed(train_step),
         "load_model": lambda config, device, identity: random_model(config, device),
         "base_identity": lambda config: "",
     }
@@ -162,7 +180,7 @@ def random_model(config: Config, device: torch.device) -> FantasyWorldModel:
 
 def figures(bare: Sequence[Cost], trainer: Sequence[Cost], counted: int) -> LoopFigures:
     def middle(costs: Sequence[Cost]) -> Cost:
-        return Cost(statistics.median(cost.wall_s for cost in costs), statistics.median(cost.cpu_s for cost in costs))
+        return Cost(*map(statistics.median, zip(*costs, strict=True)))
 
     def ratio(pick: Callable[[Cost], float]) -> Ratio:
         ours, theirs = list(map(pick, trainer)), list(map(pick, bare))
@@ -175,16 +193,13 @@ def figures(bare: Sequence[Cost], trainer: Sequence[Cost], counted: int) -> Loop
         middle(trainer),
         ratio(lambda cost: cost.wall_s),
         ratio(lambda cost: cost.cpu_s),
+        statistics.median(cost.wall_s - cost.engine_s for cost in trainer),
         len(bare),
         len(bare) * counted,
     )
 
 
-def now() -> Cost:
-    return Cost(time.perf_counter(), time.process_time())
-
-
 def mean_step(marks: list[Cost]) -> Cost:
     """From the beginnings of steps and the last one's end, without the first step."""
     count, first, last = len(marks) - 2, marks[1], marks[-1]
-    return Cost((last.wall_s - first.wall_s) / count, (last.cpu_s - first.cpu_s) / count)
+    return Cost(*((after - before) / count for before, after in zip(first, last, strict=True)))

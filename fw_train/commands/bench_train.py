@@ -194,6 +194,8 @@ def describe_loops(kind: str, loops: LoopFigures) -> str:
     return (
         f"{kind}: {loops.steps} steps of each loop in {loops.turns} turns; a step of the bare loop {loops.bare.wall_s:.3f} s "
         f"({loops.bare.cpu_s:.3f} s of CPU), of the trainer {loops.trainer.wall_s:.3f} s ({loops.trainer.cpu_s:.3f} s)\n"
+        f"outside of train_step, backward and step the trainer spends {1000 * loops.own_s:.1f} ms of it, "
+        f"{loops.own_s / loops.trainer.wall_s:.2%}\n"
         f"trainer to bare loop, median of the turns (quartiles):\n  time {of(loops.wall)}\n  CPU  {of(loops.cpu)}"
     )
 

@@ -67,22 +67,24 @@ def test_the_trainer_is_timed_against_a_bare_loop_on_one_batch_without_data(tmp_
     assert (found["turns"], found["steps"]) == (2, 4)
     assert found["bare"]["wall_s"] > 0
     assert found["trainer"]["cpu_s"] > 0
+    assert 0 < found["own_s"] < found["trainer"]["engine_s"] < found["trainer"]["wall_s"]
     assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_the_first_step_of_a_turn_is_not_counted():
-    marks = [Cost(0.0, 0.0), Cost(9.0, 5.0), Cost(10.0, 5.5), Cost(13.0, 6.0)]
-    assert mean_step(marks) == Cost(2.0, 0.5)
+    marks = [Cost(0.0, 0.0, 0.0), Cost(9.0, 5.0, 8.0), Cost(10.0, 5.5, 9.0), Cost(13.0, 6.0, 11.0)]
+    assert mean_step(marks) == Cost(2.0, 0.5, 1.5)
 
 
 def test_ratios_are_of_the_same_turn_and_totals_keep_what_medians_leave_out():
-    bare = [Cost(1.0, 1.0), Cost(2.0, 1.0), Cost(4.0, 1.0)]
-    trainer = [Cost(1.1, 1.0), Cost(2.2, 1.0), Cost(8.0, 4.0)]
+    bare = [Cost(1.0, 1.0, 1.0), Cost(2.0, 1.0, 2.0), Cost(4.0, 1.0, 4.0)]
+    trainer = [Cost(1.1, 1.0, 1.0), Cost(2.2, 1.0, 2.0), Cost(8.0, 4.0, 7.0)]
     found = figures(bare, trainer, counted=5)
     assert found.wall.median == pytest.approx(1.1)
     assert found.wall.total == pytest.approx(11.3 / 7)
     assert found.cpu.median == 1.0
     assert found.cpu.total == 2.0
+    assert found.own_s == pytest.approx(0.2)
     assert (found.turns, found.steps) == (3, 15)
 
 
