@@ -30,7 +30,7 @@ TESTS = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong on a rank, at the call of a hook with this number (`event`, from 1) or in this step (from 0).
+    """What goes wrong on a rank: kill and signal at the call of a hook with this number (`event`, from 1), the rest in a step.
 
     Events are, in order: each forward pass, each optimiser step, each finished step, each save.
     """
@@ -67,6 +67,9 @@ class TrainingServer:
         """Forks the ranks, which write to `folder/<name>-<rank>.log` and `folder/<name>-<rank>.trace`."""
         from torch.distributed import TCPStore
 
+        for run in self._runs:  # a test that failed may have left it
+            run.kill()
+            run.wait(20)
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=120))
         request = {
             "arguments": [str(argument) for argument in arguments],
@@ -204,7 +207,7 @@ class _Hooks:
     def install(self):
         job = self.job
         self._wrap("make_engine", after=self._engine_made)
-        self._wrap("train_step", before=self._forward)
+        self._wrap("train_step", before=self._forward, after=self._forward_done)
         self._wrap("open_monitor", after=self._monitor_made)
         original_saver, original_watch, hooks = job.CheckpointSaver, job.Watch, self
 
@@ -214,8 +217,12 @@ class _Hooks:
                 return super().save(*arguments)
 
         class Watch(original_watch):
-            def beat(self, phase, *arguments):
-                super().beat(phase, *arguments)
+            def beat(self, phase, step=-1, *arguments):
+                super().beat(phase, step, *arguments)
+                hooks.step = step
+                if phase == "comparing weights" and hooks._now("flip_weight"):
+                    parameter = next(p for p in hooks.engine.module.parameters() if p.requires_grad)
+                    parameter.data.view(-1)[0] += 1
                 if any(fault.kind == f"signal in {phase}" for fault in hooks.faults):
                     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -255,12 +262,6 @@ class _Hooks:
             from dataclasses import replace
 
             batch = replace(batch, latents=torch.full_like(batch.latents, float("nan")))
-        if self._now("inf_gradient"):
-            parameter = next(p for p in module.parameters() if p.requires_grad)
-            handle = parameter.register_hook(lambda gradient: (handle.remove(), gradient * float("inf"))[1])
-        if self._now("flip_weight"):
-            parameter = next(p for p in module.parameters() if p.requires_grad)
-            parameter.data.view(-1)[0] += 1
         if self._now("raise"):
             raise ValueError("a fault was asked for")
         if self._now("oom"):
@@ -271,14 +272,13 @@ class _Hooks:
             time.sleep(0.3)
         return (module, batch, *rest)
 
+    def _forward_done(self, losses):
+        if self._now("inf_gradient"):
+            losses.total.register_hook(lambda gradient: gradient * float("inf"))
+
     def _now(self, kind):
-        current = self.step + 1
         return any(
-            fault.kind == kind
-            and (
-                fault.event == self.events
-                or (fault.step <= current <= max(fault.step, fault.last_step) and fault.step >= 0)
-            )
+            fault.kind == kind and 0 <= fault.step <= self.step <= max(fault.step, fault.last_step)
             for fault in self.faults
         )
 
@@ -294,7 +294,6 @@ class _Hooks:
         step = monitor.step
 
         def stepped(record):
-            self.step = record.step
             self._record(record)
             self._event()
             step(record)

@@ -9,7 +9,7 @@ import pytest
 from forked_training import Fault, TrainingServer, read_trace
 from tiny_training import make_data, write_config
 
-from fw_train.checkpoint import list_checkpoints
+from fw_train.checkpoint import list_checkpoints, verify_checkpoint
 from fw_train.checkpoint_layout import checkpoints_folder
 from fw_train.run_folder import read_status
 from fw_train.watch import FAILED, HUNG
@@ -56,7 +56,7 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_anywhere(server, 
     keys = read_trace(tmp_path, 1)[2]["keys"]
     assert ", ".join(keys) in event
     if kind == "nan":
-        assert "rank 1: " + ", ".join(keys) + " (loss/camera_loss" in event
+        assert "rank 1: " + ", ".join(keys) + " (loss/" in event
     assert read_status(tmp_path / "out").state == "finished"
 
 
@@ -108,14 +108,13 @@ def test_a_rank_that_hangs_is_named_with_its_stack_and_samples(server, config, t
 def test_a_stopped_process_is_named_with_where_it_was(server, config, tmp_path):
     arguments = [config, f"run.output={tmp_path / 'out'}", "guard.hang_s=4", "train.steps=100000"]
     run = server.start(arguments, size=2, folder=tmp_path)
-    run.await_text(0, "step     4/100000")
+    run.await_text(0, "4/100000  loss")
     run.signal(1, signal.SIGSTOP)
-    run.await_text(0, "rank 1")
-    os.kill(run.pids[1], signal.SIGCONT)  # what a launcher's SIGKILL would do to it is not this test's matter
     outcomes = run.wait(60)
     assert outcomes[0].returncode == HUNG
-    assert outcomes[1].returncode != 0
-    assert "samples clip" in outcomes[0].output
+    assert outcomes[1].returncode == -signal.SIGKILL  # by the rank that named it: it cannot leave by itself
+    assert "rank 1" in outcomes[0].output
+    assert "its stack at the last sign of life" in outcomes[0].output
 
 
 @pytest.mark.parametrize(
@@ -129,8 +128,8 @@ def test_a_weight_that_changed_on_one_rank_is_found(server, config, tmp_path, si
 
 
 def test_a_slow_rank_is_named(server, config, tmp_path):
-    slow = Fault("slow", 1, step=0, last_step=20)
-    train(server, config, tmp_path, "train.steps=14", faults=[slow])
+    slow = Fault("slow", 1, step=0, last_step=24)
+    train(server, config, tmp_path, "train.steps=24", faults=[slow])
     assert any(text.startswith("rank 1 is slow") for text in events(tmp_path))
 
 
@@ -158,4 +157,5 @@ def test_a_full_disk_keeps_the_last_good_checkpoint_and_training_goes_on(server,
     assert "are free at" in outcome.output
     assert [line["step"] for line in read_trace(tmp_path)] == list(range(12))
     kept = list_checkpoints(checkpoints_folder(small_disk / "out"))
-    assert kept[0].step == 2
+    assert 2 <= kept[0].step < 12
+    assert verify_checkpoint(kept[0].path) == []

@@ -27,7 +27,7 @@ def make_data(folder, clips=12, frames=5, height=32, width=48, seed=0):
     return out
 
 
-def write_config(path, data, output, **sections):
+def write_config(path, data, output, /, **sections):
     """A YAML file; `sections` as train={"steps": 3} change it."""
     tree = {
         "model": MODEL,

@@ -110,7 +110,9 @@ def test_a_robust_fit_leaves_outliers_aside():
     rows = torch.stack((torch.linspace(1, 2, 100), torch.ones(100)), dim=1).double()
     wanted = rows @ torch.tensor([3.0, -1]).double()
     wanted[::4] += 50
-    assert torch.allclose(robust_fit(rows, wanted), torch.tensor([3.0, -1]).double(), atol=0.05)  # least squares are 12 off
+    assert torch.allclose(
+        robust_fit(rows, wanted), torch.tensor([3.0, -1]).double(), atol=0.05
+    )  # least squares are 12 off
 
 
 def test_slow_cameras_and_noise_freeze_nothing():
