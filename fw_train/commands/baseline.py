@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument("--clips", type=int, metavar="N", help="average over so many training clips (default: all)")
     parser.add_argument("--run", dest="run_folder", type=Path, metavar="RUN", help="show a run's validation beside it")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--json", action="store_true", help="a JSON list instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     constant = constant_losses(config, args.clips)
     rows = compare(constant, args.run_folder)
     if args.json:
-        print(json.dumps({row.term: row._asdict() for row in rows}))
+        print(json.dumps([row._asdict() for row in rows]))
         return 0
     print(f"{'':8}{'constant':>10}{'first':>10}{'last':>10}  better than the constant")
     for row in rows:
