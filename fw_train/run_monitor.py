@@ -33,9 +33,7 @@ def open_monitor(output: Path, config: Config, world: World, version: str, first
     if world.rank != 0:
         return silent_monitor()
     facts = run_facts(config, world, version)
-    return Monitor(
-        output, facts, log_every_steps=config.run.log_every_steps, stream=sys.stderr, first_step=first_step
-    )
+    return Monitor(output, facts, log_every_steps=config.run.log_every_steps, stream=sys.stderr, first_step=first_step)
 
 
 def run_facts(config: Config, world: World, version: str) -> RunFacts:
