@@ -200,6 +200,7 @@ def train(
     def save(step: int) -> float:
         """Starts a save of the state after `step` steps, and says how long training stood still for it."""
         watch.beat("saving", step)
+        began = time.perf_counter()
         if not dist.all_equal(str(frozen_fingerprint(engine.module) == frozen)):
             raise RuntimeError("frozen weights have changed on some ranks: a program or a GPU is at fault")
         if folder and not folder.still_mine():
@@ -222,10 +223,8 @@ def train(
             config.train.stage, step, config_hash(config), identity, PRECISIONS[config.train.precision].params
         )
         weights = engine.trainable_weights()
-        started = saver.save(
-            step, engine.fragments(), snapshot, StageWeights(weights, info) if world.rank == 0 else None
-        )
-        return started.stall_s
+        saver.save(step, engine.fragments(), snapshot, StageWeights(weights, info) if world.rank == 0 else None)
+        return time.perf_counter() - began
 
     def save_last(step: int) -> None:
         """Returns when the state after `step` steps is on the disk."""
