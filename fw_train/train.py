@@ -273,7 +273,7 @@ def train(
         monitor.pictures(step, scene_of(engine.module, make_batch(clip), expand_video(clip, device), params))
 
     # ---------------------------------------------------------------- Steps
-    if held_out and step == 0 and not validate_now(0, diffusion=True):
+    if held_out and step == 0 and (not validate_now(0, diffusion=True) or told_to_stop()):
         return Outcome("stopped", 0, "before the first step")
     unread_total = drawn = 0
     batches = data.batches(

@@ -100,7 +100,8 @@ class Run:
         self._codes = None
 
     def output(self, rank):
-        return self._logs[rank].read_text(errors="replace")
+        log = self._logs[rank]
+        return log.read_text(errors="replace") if log.exists() else ""
 
     def wait(self, timeout_s):
         """The outcomes by rank; who is still running after so long is killed and marked."""

@@ -217,7 +217,7 @@ def test_a_signal_before_the_first_step_stops_too(server, config, data, tmp_path
 
 
 def test_a_folder_that_is_in_use_is_refused(server, config, tmp_path):
-    arguments = [config, f"run.output={tmp_path / 'out'}"]
+    arguments = [config, f"run.output={tmp_path / 'out'}", "guard.hang_s=120"]
     running = server.start(arguments, size=1, folder=tmp_path, faults=[Fault("hang", 0, step=1)], name="first")
     running.await_text(0, "step 1/8")
     with TrainingServer() as other:
