@@ -208,13 +208,15 @@ class Watch:
         """The way out of the rank whose word is published: waits until the others have taken leave."""
         _end_later(failure.code)
         deadline = time.monotonic() + LEAVE_S
-        write_status(self._folder, self._token, Status("failed", self._place.step, failure.headline))
+        status = Status("failed", self._place.step, failure.headline)
+        write_status(self._folder, self._token, status)
         self._say_threads(failure)
         others = [rank for rank in range(self.world) if rank != self.rank]
         while others and time.monotonic() < deadline:
             time.sleep(0.1)
             beats = {rank: self._heartbeat(rank) for rank in others}
             others = [rank for rank, hb in beats.items() if hb and not hb.left and hb.process not in failure.silent]
+        write_status(self._folder, self._token, status)  # rank 0 may have been about to say that it runs
         self._say(words)
         self._exit(failure)
 
