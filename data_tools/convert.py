@@ -13,15 +13,12 @@ there already stay. What each tool must have left, and which labels it gives: do
 """
 
 import argparse
-import fcntl
 import json
 import logging
-import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -34,6 +31,7 @@ from data_tools.convert_clip import UNFINISHED, Converted, Cut, Source, convert_
 from data_tools.convert_nerfstudio import FILE
 from data_tools.convert_scenes import find_scenes, read_scene
 from data_tools.framing import FITS
+from data_tools.shared_folder import only_writer
 from data_tools.work import Progress, add_workers, run_parallel
 from fw_train.atomic_files import write_file
 from fw_train.batch import latent_frames
@@ -153,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
         (path,) = scenes.values()
         scenes = {args.id: path}
     args.raw.mkdir(parents=True, exist_ok=True)
-    with _only_writer(args.raw):
+    with only_writer(args.raw, f"another command writes to {args.raw}; wait for it"):
         entries = _entries(args.raw)
         by_id = {entry.get("id"): entry for entry in entries if isinstance(entry, dict)}
         jobs = []
@@ -236,20 +234,6 @@ def _report(raw: Path, outcomes: list[Outcome]) -> int:
                 "leaves them out; run VGGT or DUSt3R on their videos and then `fw data convert vggt` or `dust3r` (docs/labels.md)"
             )
     return 1 if failed else 0
-
-
-@contextmanager
-def _only_writer(raw: Path) -> Iterator[None]:
-    """Holds the folder: nobody else writes to it meanwhile, and a killed process lets go of it."""
-    folder = os.open(raw, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another command writes to {raw}; wait for it") from None
-        yield
-    finally:
-        os.close(folder)
 
 
 def _size(text: str) -> tuple[int, int]:

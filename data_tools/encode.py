@@ -16,7 +16,6 @@ import argparse
 import logging
 import multiprocessing
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,8 @@ from torch import Tensor
 
 from data_tools.encode_sample import Recipe, encode_sample, load_encoder
 from data_tools.pack import Task, parse_task, slurm_task
+from data_tools.shared_folder import write_last
 from data_tools.work import Progress, run_parallel
-from fw_train.atomic_files import ConcurrentWriter, clear_partial
 from fw_train.data.manifest import Dataset, ManifestShard, index_path
 from fw_train.data.schema import Bucket
 from fw_train.data.shards import ShardError, shard_path
@@ -233,15 +232,7 @@ def _finish(folder: Path, dataset: Dataset, recipe: Recipe) -> None:
     empty = None
     if recipe.kind == "text":
         empty = tensor_bytes("text", load_encoder(recipe).encode([""])[0], "the empty text")
-    for attempt in range(10):
-        try:
-            finish_sidecar(folder, recipe.kind, dataset.manifest, empty)
-            break
-        except (ConcurrentWriter, FileNotFoundError):  # another task replaced the file, or cleared its part of it away
-            if attempt == 9:
-                raise
-            time.sleep(0.1)
-    clear_partial(folder, "*")
+    write_last(folder, lambda: finish_sidecar(folder, recipe.kind, dataset.manifest, empty))
 
 
 def _default_workers(recipe: Recipe) -> int:

@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -25,8 +24,9 @@ from typing import NamedTuple
 import torch
 
 from data_tools.pack_sample import pack_sample, sample_totals
+from data_tools.shared_folder import write_last
 from data_tools.work import Progress, add_workers, run_parallel
-from fw_train.atomic_files import ConcurrentWriter, clear_partial, new_file, write_file
+from fw_train.atomic_files import new_file, write_file
 from fw_train.data import schema
 from fw_train.data.codec_format import PRESET_NAMES
 from fw_train.data.manifest import (
@@ -241,15 +241,7 @@ def finish(out: Path, plans: list[ShardPlan], settings: Settings, must: bool) ->
 def join_shards(out: Path, indexes: list[ShardIndex]) -> None:
     """Writes table, rejects and manifest and clears away; tasks that end together may do so at once, with the same bytes."""
     files = dataset_files(indexes)
-    for attempt in range(10):
-        try:
-            write_dataset_files(out, files)
-            break
-        except (ConcurrentWriter, FileNotFoundError):  # another task replaced the file, or cleared its part of it away
-            if attempt == 9:
-                raise
-            time.sleep(0.1)
-    clear_partial(out, "*")
+    write_last(out, lambda: write_dataset_files(out, files))
 
 
 def parse_task(text: str) -> Task:

@@ -13,7 +13,6 @@ interrupted; `synth.json` in the folder keeps the arguments, and others are refu
 """
 
 import argparse
-import fcntl
 import json
 import multiprocessing
 import os
@@ -23,15 +22,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 from data_tools.scene_files import UNFINISHED_NAME, Settings, is_finished, metadata_record, write_scene
+from data_tools.shared_folder import only_writer
 from fw_train.atomic_files import clear_partial, write_file
 
 SETTINGS_NAME, METADATA_NAME = "synth.json", "metadata.json"
@@ -64,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if args.workers < 1:
         raise ValueError(f"--workers {args.workers}: give at least 1")
     args.out.mkdir(parents=True, exist_ok=True)
-    with _only_writer(args.out):
+    with only_writer(args.out, f"another `fw data synth` writes to {args.out}; wait for it or give another folder"):
         _agree_on_settings(args.out, settings)
         shutil.rmtree(args.out / UNFINISHED_NAME, ignore_errors=True)
         there = _finished(args.out, settings)
@@ -109,20 +107,6 @@ def _settings(args: argparse.Namespace) -> Settings:
     if args.both_orientations:
         sizes = [turned for height, width in sizes for turned in ((height, width), (width, height))]
     return Settings(args.scenes, args.frames, tuple(sizes), args.fps, args.seed, args.moving, args.sky)
-
-
-@contextmanager
-def _only_writer(out: Path) -> Iterator[None]:
-    """Holds the folder: nobody else writes to it meanwhile, and a killed process lets go of it."""
-    folder = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another `fw data synth` writes to {out}; wait for it or give another folder") from None
-        yield
-    finally:
-        os.close(folder)
 
 
 def _agree_on_settings(out: Path, settings: Settings) -> None:

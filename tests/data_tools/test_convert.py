@@ -25,7 +25,7 @@ from foreign_clips import (
 )
 from raw_clips import contents, write_clip, write_metadata
 
-from data_tools.convert import _only_writer
+from data_tools.shared_folder import only_writer
 from data_tools.video_writer import video_writer
 from fw_train.cli import main
 from fw_train.data.schema import video_facts
@@ -257,6 +257,6 @@ def test_the_whole_video_of_a_clip_is_cut_by_timestamps(scene, tmp_path):
 
 def test_two_commands_do_not_write_to_one_folder(scene, tmp_path, capsys):
     (tmp_path / "raw").mkdir()
-    with _only_writer(tmp_path / "raw"):
+    with only_writer(tmp_path / "raw", "held by the test"):
         assert convert(*colmap(scene, tmp_path)) == 1
     assert "another command writes to" in capsys.readouterr().err

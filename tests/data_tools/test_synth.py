@@ -15,6 +15,7 @@ import torch
 from data_tools import synth
 from data_tools.scene_render import render_colour
 from data_tools.scenes import sample_scene, surfaces_at, views
+from data_tools.shared_folder import only_writer
 from fw_train.camera_files import read_cameras
 from fw_train.geometry import intrinsics_px, invert_rigid, unproject
 
@@ -212,7 +213,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
 
 def test_two_writers_do_not_share_a_folder(raw):
     with (
-        synth._only_writer(raw),
+        only_writer(raw, "held by the test"),
         pytest.raises(ValueError, match="another `fw data synth` writes to"),
     ):
         make(raw, "--scenes", 8)
