@@ -79,7 +79,12 @@ def run(args: argparse.Namespace) -> int:
             f"--rounds {args.rounds} --steps {args.steps} --warmup {args.warmup}: use at least 1 round of 2 steps, "
             "2 rounds with --against, and no negative warm-up"
         )
-    logging.getLogger("fw_train").setLevel(logging.WARNING)
+    with _only_warnings_logged():
+        _measure(args)
+    return 0
+
+
+def _measure(args: argparse.Namespace) -> None:
     configs = _configs(args)
     config = next(iter(configs.values()))
     world = dist.start(config.guard.collective_s)
@@ -216,6 +221,18 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "_asdict"):
         value = value._asdict()
     return {name: _plain(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+
+@contextmanager
+def _only_warnings_logged() -> Iterator[None]:
+    """For tables that a program around us reads, and puts back what that program had set."""
+    logger = logging.getLogger("fw_train")
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 @contextmanager
