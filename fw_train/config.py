@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from fw_train.config_reading import ConfigError as ConfigError
 from fw_train.config_reading import apply_override, build, read_tree
 
@@ -187,6 +189,11 @@ def from_tree(tree: Mapping[str, Any], where: str) -> Config:
 def to_tree(config: Config) -> dict[str, Any]:
     """Nested plain mappings that `from_tree` reads back and YAML or JSON can write."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def to_yaml(config: Config) -> str:
+    """The text of a file that `load_config` reads back, every field named."""
+    return yaml.safe_dump(to_tree(config), sort_keys=False, allow_unicode=True, width=120)
 
 
 def config_hash(config: Config) -> str:

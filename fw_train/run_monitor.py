@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fw_train.batch import Batch
 from fw_train.build import world_params
 from fw_train.camera_path import CameraPath, path_of_poses
-from fw_train.config import Config, to_tree
+from fw_train.config import Config, to_tree, to_yaml
 from fw_train.dist import World
 from fw_train.flops import Shape, peak_flops, sample_flops, total_flops
 from fw_train.geometry import decode_pose9
@@ -58,7 +57,7 @@ def run_facts(config: Config, world: World, version: str) -> RunFacts:
         flops_per_sample=sum(map(flops, shapes)) / len(shapes),
         tokens_per_sample=round(sum(_tokens(shape) for shape in shapes) / len(shapes)),
         peak_flops_per_gpu=peak or None,
-        config_text=yaml.safe_dump(to_tree(config), sort_keys=False),
+        config_text=to_yaml(config),
         code_version=version,
         hparams=leaves,
     )

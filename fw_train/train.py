@@ -40,6 +40,7 @@ from fw_train.data.order import Segment, accumulation_steps, change_global_batch
 from fw_train.dist import World
 from fw_train.engine import StepStats, make_engine
 from fw_train.guards import SpikeGuard, Stragglers
+from fw_train.inference import write_config
 from fw_train.monitor import StepRecord
 from fw_train.optimiser import learning_rate
 from fw_train.precision import PRECISIONS
@@ -146,6 +147,7 @@ def train(
     seed_rng(config.train.seed, world.rank)
     if folder:
         folder.status("running", step, "")
+        write_config(output, config)
     if told_to_stop():
         return Outcome("stopped", step, "before the start")
 
