@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from samples import make_batch
 from tiny_training import write_config as write_tiny
 
 from fw_train.build import base_identity, load_model, trainable_shapes, world_params
@@ -10,6 +9,7 @@ from fw_train.checkpoint_files import CheckpointError
 from fw_train.config import ConfigError, config_hash, load_config
 from fw_train.inference import load_trained, write_config
 from fw_train.stage_weights import StageInfo, write_stage_weights
+from samples import make_batch
 
 
 def trained(folder, stage, **weights):
