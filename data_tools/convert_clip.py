@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from data_tools.framing import Framing, Region, centred, frame_intrinsics, frame_labels, frame_picture, unchanged
 from data_tools.pictures import Pictures, choose, read_pictures
 from data_tools.pose_check import DOUBTFUL, LOOKED_AT, LOOKED_AT_PX, check_poses
-from data_tools.video_writer import video_writer
 from fw_train.batch import DepthKind
 from fw_train.camera_files import write_cameras
 from fw_train.data import schema
 from fw_train.geometry import Cameras, intrinsics_px, invert_rigid, rigid, transform_points, unproject
+from fw_train.video_writer import video_writer
 
 UNFINISHED = ".unfinished"  # folder of clips in the making
 PARTS = ("video", "depth", "points", "cameras")

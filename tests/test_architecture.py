@@ -15,6 +15,7 @@ ALLOWED = {
     "fw_train.stages": LEAF,
     "fw_train.measure": LEAF,
     "fw_train.drawing": LEAF,
+    "fw_train.video_writer": LEAF,
     "fw_train.colours": {"fw_train.drawing"},
     "fw_train.camera_path": {"fw_train.drawing"},
     "fw_train.pictures": {"fw_train.camera_path", "fw_train.colours", "fw_train.drawing"},

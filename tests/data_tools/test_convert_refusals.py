@@ -21,8 +21,8 @@ from foreign_clips import (
     write_re10k,
 )
 
-from data_tools.video_writer import video_writer
 from fw_train.cli import main
+from fw_train.video_writer import video_writer
 
 
 @pytest.fixture(scope="module")
