@@ -25,6 +25,7 @@ COMMANDS: dict[str, Command | Group] = {
     "train": Command("fw_train.train", "train a stage, or go on with a run"),
     "promote": Command("fw_train.commands.promote", "say whether a stage-1 run is ready for stage 2"),
     "baseline": Command("fw_train.commands.baseline", "score the best constant prediction on held-out clips"),
+    "sample": Command("fw_train.commands.sample", "generate a clip with its depth, points and cameras"),
     "params": Command("fw_train.commands.params", "count the network's parameters and what trains in the stage"),
     "parity": Command("fw_train.commands.parity", "compare a module with stored reference activations"),
     "data": Group(

@@ -161,10 +161,21 @@ def framed(picture: Picture) -> Picture:
 def png_bytes(picture: Picture) -> bytes:
     """A PNG file, 8 bits a channel."""
     height, width = picture.shape[:2]
-    rows = picture.reshape(height, 3 * width)
-    filtered = np.full((height, 1 + 3 * width), 2, np.uint8)  # filter 2: each byte less the one above it
-    filtered[:, 1:] = np.diff(rows, axis=0, prepend=np.zeros((1, 3 * width), np.uint8))
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return _png(picture.reshape(height, 3 * width), width, depth=8, colour=2)
+
+
+def gray16_png_bytes(values: NDArray[np.uint16]) -> bytes:
+    """A PNG file with one channel [H, W] of 16 bits."""
+    height, width = values.shape
+    return _png(values.astype(">u2").view(np.uint8).reshape(height, 2 * width), width, depth=16, colour=0)
+
+
+def _png(rows: NDArray[np.uint8], width: int, depth: int, colour: int) -> bytes:
+    """A PNG file of rows of bytes, `depth` bits a channel; `colour` is 0 for gray and 2 for RGB."""
+    height, length = rows.shape
+    filtered = np.full((height, 1 + length), 2, np.uint8)  # filter 2: each byte less the one above it
+    filtered[:, 1:] = np.diff(rows, axis=0, prepend=np.zeros((1, length), np.uint8))
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     chunks = (b"IHDR", header), (b"IDAT", zlib.compress(filtered.tobytes(), 6)), (b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
