@@ -26,6 +26,8 @@ COMMANDS: dict[str, Command | Group] = {
     "promote": Command("fw_train.commands.promote", "say whether a stage-1 run is ready for stage 2"),
     "baseline": Command("fw_train.commands.baseline", "score the best constant prediction on held-out clips"),
     "sample": Command("fw_train.commands.sample", "generate a clip with its depth, points and cameras"),
+    "inspect": Command("fw_train.commands.inspect", "say what weights, checkpoints and runs hold, and if they are whole"),
+    "export": Command("fw_train.commands.export", "write trained weights for other programs"),
     "params": Command("fw_train.commands.params", "count the network's parameters and what trains in the stage"),
     "parity": Command("fw_train.commands.parity", "compare a module with stored reference activations"),
     "data": Group(

@@ -24,6 +24,9 @@ Conv = TypeVar("Conv", bound=nn.Conv2d | nn.Conv3d)
 
 PATCH_WEIGHT = "patch_embedding.weight"
 
+# In front of what an export holds beside the video transformer, in either layout; no importer of Wan weights reads it.
+GEOMETRY_PREFIX = "geometry."
+
 # Programs that wrap the network leave their mark in front of every name, sometimes several of them.
 PREFIXES = ("model.", "module.", "diffusion_model.", "pipe.dit.", "video.")
 
@@ -81,6 +84,26 @@ class LoadReport(NamedTuple):
     widened_from: int | None  # input channels of the checkpoint, where they are fewer than the network's
 
 
+class WanFile(NamedTuple):
+    """A checkpoint that fits a video transformer, whose tensors have not been read yet."""
+
+    reader: CheckpointReader
+    names: NameMap
+    wanted: dict[str, TensorInfo]  # by original name
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor in the network's dtype and shape: new input channels are zeros."""
+        tensor, info = self.reader.tensor(self.names.file_keys[name]), self.wanted[name]
+        if tensor.shape != info.shape:
+            tensor = _with_input_channels(tensor, info.shape[1])
+        return tensor.to(info.dtype)
+
+    @property
+    def widened_from(self) -> int | None:
+        channels = self.reader.shapes()[self.names.file_keys[PATCH_WEIGHT]].shape[1]
+        return channels if channels != self.wanted[PATCH_WEIGHT].shape[1] else None
+
+
 def to_diffusers(name: str) -> str:
     """The name that diffusers gives to an original parameter name."""
     renamed = _renamed(name, DIFFUSERS_NAMES, DIFFUSERS_BLOCK_NAMES)
@@ -100,11 +123,13 @@ def to_original(name: str) -> str:
 def map_names(keys: Iterable[str]) -> NameMap:
     """Original names for the keys of a checkpoint in either layout; keys that neither layout has keep their names."""
     keys = list(keys)
+    ignored = [key for key in keys if key.startswith(GEOMETRY_PREFIX)]
+    keys = [key for key in keys if not key.startswith(GEOMETRY_PREFIX)]
     prefix = _common_prefix(keys)
     names = [key.removeprefix(prefix) for key in keys]
     diffusers = any(name.startswith("condition_embedder.") or ".attn1." in name for name in names)
     file_keys: dict[str, str] = {}
-    ignored, twice = [], []
+    twice = []
     for key, name in zip(keys, names, strict=True):
         if diffusers:
             if re.fullmatch(UNUSED_IN_DIFFUSERS, name):
@@ -119,11 +144,11 @@ def map_names(keys: Iterable[str]) -> NameMap:
     return NameMap("diffusers" if diffusers else "original", prefix, file_keys, tuple(ignored))
 
 
-def load_wan(model: WanDiT, path: str | Path, device: torch.device | str, widen: bool = False) -> LoadReport:
-    """Gives the video transformer the weights of a checkpoint, tensor by tensor, in the parameters' dtypes.
+def open_wan(model: WanDiT, path: str | Path, widen: bool = False) -> WanFile:
+    """A checkpoint for the video transformer, which may be on the meta device; nothing but headers is read.
 
-    Everything is checked first: whatever is missing, left over or of another shape is listed in one error, with the
-    settings that fit. With `widen` a patch embedding of fewer input channels is accepted; the new channels start at zero.
+    Whatever is missing, left over or of another shape is listed in one error, with the settings that fit. With `widen` a
+    patch embedding of fewer input channels is accepted; the new channels are zeros.
     """
     reader = open_checkpoint(path)
     shapes = reader.shapes()
@@ -142,21 +167,24 @@ def load_wan(model: WanDiT, path: str | Path, device: torch.device | str, widen:
         )
     if names.ignored:
         log.info("%s: not used by the network: %s", reader.path, listing(names.ignored))
+    file = WanFile(reader, names, wanted)
+    if file.widened_from is not None:
+        log.warning(
+            "%s: widened from %d to %d input channels; the first %d keep their weights, the others start at zero",
+            PATCH_WEIGHT, file.widened_from, wanted[PATCH_WEIGHT].shape[1], file.widened_from,
+        )  # fmt: skip
+    return file
 
-    widened_from = None
-    for name, info in wanted.items():
-        tensor = reader.tensor(names.file_keys[name])
-        if tensor.shape != info.shape:
-            widened_from = tensor.shape[1]
-            tensor = _with_input_channels(tensor, info.shape[1])
-            log.warning(
-                "%s: widened from %d to %d input channels; the first %d keep their weights, the others start at zero",
-                PATCH_WEIGHT, widened_from, info.shape[1], widened_from,
-            )  # fmt: skip
-        assign_parameter(model, name, tensor.to(device, info.dtype))
+
+def load_wan(model: WanDiT, path: str | Path, device: torch.device | str, widen: bool = False) -> LoadReport:
+    """Gives the video transformer the weights of a checkpoint (see `open_wan`), tensor by tensor, in its parameters' dtypes."""
+    file = open_wan(model, path, widen)
+    for name in file.wanted:
+        assign_parameter(model, name, file.tensor(name).to(device))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    log.info("%s: %d tensors, %s parameters, %s names", reader.path, len(wanted), f"{parameters:,}", names.layout)
-    return LoadReport(reader.path, names.layout, len(wanted), parameters, widened_from)
+    tensors, layout = len(file.wanted), file.names.layout
+    log.info("%s: %d tensors, %s parameters, %s names", file.reader.path, tensors, f"{parameters:,}", layout)
+    return LoadReport(file.reader.path, layout, tensors, parameters, file.widened_from)
 
 
 def seed_geometry(model: FantasyWorldModel) -> None:

@@ -164,6 +164,31 @@ ALLOWED = {
         "fw_train.base_hash",
         "fw_train.stage_weights",
     },
+    "fw_train.export_names": {
+        "fw_train.checkpoint_files",
+        "fw_train.model",
+        "fw_train.stage_weights",
+        "fw_train.weights",
+    },
+    "fw_train.export": {
+        "fw_train.build",
+        "fw_train.checkpoint_files",
+        "fw_train.config",
+        "fw_train.export_names",
+        "fw_train.model",
+        "fw_train.precision",
+        "fw_train.stage_weights",
+        "fw_train.weights",
+    },
+    "fw_train.export_writing": {"fw_train.atomic_files", "fw_train.export", "fw_train.safetensors_writing"},
+    "fw_train.inspection": {
+        "fw_train.base_hash",
+        "fw_train.checkpoint",
+        "fw_train.checkpoint_files",
+        "fw_train.checkpoint_layout",
+        "fw_train.run_folder",
+        "fw_train.weights",
+    },
 }
 NEVER_IN_MODEL = ("torch.distributed", "deepspeed", "yaml")
 
