@@ -1,0 +1,58 @@
+"""What a configuration needs of the machines: room for checkpoints, memory, data and weights to read."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from fw_train.build import on_meta, trainable_shapes, world_params
+from fw_train.config import Config
+from fw_train.data.fetch import LABEL_BYTES, SIDECAR_BYTES
+from fw_train.model.world import FantasyWorldModel
+from fw_train.precision import PRECISIONS
+
+
+class Needs(NamedTuple):
+    save_bytes: int  # of one save: masters, both moments, and the weights for the next stage
+    kept: int  # saves that stay
+    state_bytes: int  # host memory that all ranks together need for a save in the background
+    loader_bytes: int  # host memory of one rank's loader processes
+
+
+def needs_of(config: Config) -> Needs:
+    """Nothing is allocated."""
+    precision = PRECISIONS[config.train.precision]
+    model = on_meta(lambda: FantasyWorldModel(world_params(config)), precision.params)
+    shapes = trainable_shapes(model, config.train.stage).values()
+    trained = sum(_elements(info.shape) for info in shapes)
+    state = trained * 3 * precision.master.itemsize
+    return Needs(state + trained * precision.params.itemsize, config.run.keep_last, state, _loader_bytes(config))
+
+
+def datasets_of(config: Config) -> tuple[str, ...]:
+    return tuple(path for path in (*(source.path for source in config.data.sources), config.data.validation) if path)
+
+
+def files_of(config: Config) -> tuple[str, ...]:
+    return tuple(path for path in (config.weights.base, config.weights.init_from) if path)
+
+
+def output_of(config: Config) -> str:
+    """The folder above the run's, or the nearest above that: the run's own need not exist yet."""
+    folder = Path(config.run.output).absolute().parent
+    return str(next(place for place in (folder, *folder.parents) if place.is_dir()))
+
+
+def _loader_bytes(config: Config) -> int:
+    """The slots in which loader processes hand over batches, all full, as `fw_train.data.fetch` measures them."""
+    data = config.data
+    pixels = data.frames * max(height * width for height, width in data.sizes_px)
+    labels = pixels * LABEL_BYTES if config.train.stage != "stage0" else 0
+    video = 2 * pixels if data.latents == "online" else 0
+    slots = data.workers * data.prefetch + 2
+    return slots * config.train.micro_batch * (labels + video + SIDECAR_BYTES)
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
