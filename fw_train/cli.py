@@ -29,6 +29,7 @@ COMMANDS: dict[str, Command | Group] = {
     "inspect": Command("fw_train.commands.inspect", "say what weights, checkpoints and runs hold, and if they are whole"),
     "export": Command("fw_train.commands.export", "write trained weights for other programs"),
     "doctor": Command("launch.doctor", "check every node, and the network between them, before a run"),
+    "config": Command("fw_train.commands.config", "print a configuration with its overrides, or all settings there are"),
     "params": Command("fw_train.commands.params", "count the network's parameters and what trains in the stage"),
     "parity": Command("fw_train.commands.parity", "compare a module with stored reference activations"),
     "data": Group(

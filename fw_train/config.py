@@ -23,24 +23,24 @@ from fw_train.config_reading import apply_override, build, read_tree
 class ModelConfig:
     """Shapes of the network; the defaults are Wan2.1-Fun-V1.1-1.3B-Control-Camera."""
 
-    variant: Literal["t2v", "i2v", "inpaint", "control", "camera"] = "camera"
-    dim: int = 1536
-    ffn_dim: int = 8960
-    heads: int = 12
-    layers: int = 30
-    text_dim: int = 4096
-    clip_dim: int = 1280
+    variant: Literal["t2v", "i2v", "inpaint", "control", "camera"] = "camera"  # of the Wan checkpoint: what it takes
+    dim: int = 1536  # width of both branches
+    ffn_dim: int = 8960  # width inside the feed-forward layers
+    heads: int = 12  # of the attention in the blocks
+    layers: int = 30  # blocks of the video transformer
+    text_dim: int = 4096  # width of the text embeddings
+    clip_dim: int = 1280  # width of the CLIP features of the first frame
     freq_dim: int = 256  # width of the sinusoidal time embedding
     reference_conv: bool = False  # the checkpoint has `ref_conv` (V1.1 control models)
     image_position: bool = False  # the checkpoint has `img_emb.emb_pos` (first-and-last-frame model)
     split_layer: int = 12  # blocks before the geometry branch splits off
-    bridge_heads: int = 8
-    bridge_layers: int = 2
-    register_tokens: int = 4
+    bridge_heads: int = 8  # attention heads of the latent bridge, each at most 256 wide
+    bridge_layers: int = 2  # transformer layers of the latent bridge
+    register_tokens: int = 4  # learnt tokens beside the camera token, behind the video tokens
     cross_width: int = 1152  # of the cross-attention between the branches
-    cross_heads: int = 12
+    cross_heads: int = 12  # of that cross-attention
     taps: tuple[int, int, int, int] = (5, 8, 11, 17)  # geometry blocks that the dense heads read, coarsest first
-    head_features: int = 256
+    head_features: int = 256  # channels in which a dense head joins its taps; even
     head_channels: tuple[int, int, int, int] = (256, 512, 768, 768)  # of the taps, finest first
     head_chunk_frames: int = 3  # latent frames that a dense head computes at once; fewer need less memory
 
@@ -49,9 +49,8 @@ class ModelConfig:
 class WeightsConfig:
     """Where weights come from; an empty path means fresh ones."""
 
-    base: str = (
-        ""  # Wan checkpoint: file, folder or index, original or diffusers format; or a stage-0 step-N.safetensors
-    )
+    # Wan checkpoint: file, folder or index, original or diffusers format; or a stage-0 step-N.safetensors
+    base: str = ""
     widen_input: bool = False  # accept a base whose patch embedding has fewer input channels, widened with zeros
     init_from: str = ""  # the stage-1 step-N.safetensors that stage 2 starts from
 
@@ -60,17 +59,20 @@ class WeightsConfig:
 class SourceConfig:
     """A packed dataset that takes part in the mix."""
 
-    path: str
+    path: str  # the folder that `fw data pack` wrote
     weight: float = 1.0  # its share of the steps, relative to the other datasets'
     name: str = ""  # seeds its order; empty: the folder's name
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    sources: tuple[SourceConfig, ...] = ()
+    """What is trained on, and how it is read."""
+
+    sources: tuple[SourceConfig, ...] = ()  # the packed datasets of the mix: [{path: data/train, weight: 1, name: ''}]
     validation: str = ""  # packed dataset of held-out clips; empty: nothing is validated
-    frames: int = 81
-    sizes_px: tuple[tuple[int, int], ...] = ((336, 592),)  # clips are scaled and cropped to the nearest aspect
+    frames: int = 81  # of a clip: 4k + 1, the VAE's time stride
+    # [height, width] in multiples of 16; a clip is scaled and cropped to the nearest aspect
+    sizes_px: tuple[tuple[int, int], ...] = ((336, 592),)
     latents: Literal["sidecar", "online"] = "sidecar"  # encoded before by `fw data encode`, or while training
     vae: str = ""  # for online latents: the Wan folder with the VAE, or `dct`
     text_tokens: int = 512  # texts are padded with zeros to this length
@@ -78,27 +80,30 @@ class DataConfig:
     prefetch: int = 2  # micro-batches that each of them prepares ahead
     timeout_s: float = 300.0  # a loader process that takes longer ends the run
     max_substituted: float = 1e-3  # share of samples that may be unreadable before the run stops
-    random_crop: bool = False
-    max_temporal_stride: int = 1
-    flip: float = 0.0  # probability; captions say left and right
-    colour_jitter: float = 0.0
+    random_crop: bool = False  # instead of the centre; this and what follows need online latents
+    max_temporal_stride: int = 1  # a clip takes every n-th frame of a longer one, n up to this
+    flip: float = 0.0  # probability of a mirrored clip; captions say left and right
+    colour_jitter: float = 0.0  # largest relative change of brightness, contrast and saturation, below 1
 
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """The stage, its schedule and its numerics."""
+
+    # stage0: the video branch itself; stage1: the geometry branch; stage2: what joins the branches, too
     stage: Literal["stage0", "stage1", "stage2"] = "stage1"
     steps: int = 20_000  # optimiser steps
     global_batch: int = 64  # samples per optimiser step, over all GPUs
     micro_batch: int = 1  # samples per GPU and forward pass
-    learning_rate: float = 1e-5
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: int = 0
-    weight_decay: float = 1e-2
-    max_grad_norm: float = 1.0
+    learning_rate: float = 1e-5  # of AdamW, after the warm-up
+    schedule: Literal["constant", "cosine"] = "constant"  # of the learning rate; cosine ends at 0
+    warmup_steps: int = 0  # over which the learning rate rises linearly
+    weight_decay: float = 1e-2  # of AdamW; gates and tokens have none
+    max_grad_norm: float = 1.0  # larger gradients are scaled down to this norm
     gate_lr_scale: float = 1.0  # learning rate of the zero-initialised gates, relative to the rest
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    activation_checkpointing: Literal["none", "selective", "full"] = "full"
-    seed: int = 0
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # of parameters and compute; fp16 under FSDP2 alone
+    activation_checkpointing: Literal["none", "selective", "full"] = "full"  # what the backward pass computes again
+    seed: int = 0  # of fresh weights, the sample order, noise and dropouts
     camera_drop: float = 0.17  # probability that a sample is trained without its camera
     text_drop: float = 0.1  # probability that a sample is trained with the empty prompt
     diffusion_every_steps: int = 50  # stage 1: how often the (gradient-free) diffusion loss is computed for the log
@@ -106,21 +111,27 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class FlowConfig:
+    """How noise levels are drawn."""
+
     shift: float = 5.0  # of the noise levels towards pure noise; 1 is uniform
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    preset: Literal["guide", "paper"] = "guide"
+    """The terms of the loss and their weights."""
+
+    preset: Literal["guide", "paper"] = "guide"  # which depth, point and camera losses (docs/concepts.md)
     depth_weight: float | None = None  # null: the preset's
-    point_weight: float | None = None
-    camera_weight: float | None = None
+    point_weight: float | None = None  # null: the preset's
+    camera_weight: float | None = None  # null: the preset's
     chamfer_points: int = 4096  # of a clip, that the `guide` preset compares; the work grows with the square
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    kind: Literal["deepspeed", "fsdp2"] = "deepspeed"
+    """Who distributes weights, gradients and optimiser state over the ranks."""
+
+    kind: Literal["deepspeed", "fsdp2"] = "deepspeed"  # DeepSpeed ZeRO or PyTorch's fully_shard
     zero_stage: Literal[0, 1, 2, 3] = 2  # of DeepSpeed
     cpu_offload: bool = False  # optimiser state in host memory
 
@@ -129,17 +140,17 @@ class EngineConfig:
 class RunConfig:
     """Where a run lives, and what it writes when."""
 
-    output: str = "outputs/run"
+    output: str = "outputs/run"  # the folder; all hosts must see the same one
     resume: Literal["latest", "auto", "never"] = "latest"  # auto: a damaged checkpoint gives way to the one before it
-    save_every_steps: int = 1_000
+    save_every_steps: int = 1_000  # steps from save to save
     save_every_minutes: float = 0.0  # 0: by steps alone
-    keep_last: int = 3  # resumable checkpoints
+    keep_last: int = 3  # resumable checkpoints that stay
     keep_every_steps: int = 0  # multiples of this are kept for ever; 0: none
     max_unsaved_minutes: float = 120.0  # training goes on so long when checkpoints cannot be written
-    log_every_steps: int = 10
+    log_every_steps: int = 10  # steps from figure to figure
     log_pictures_every: int = 1_000  # steps; 0: never
     validate_every_steps: int = 1_000  # 0: at the end alone
-    validation_samples: int = 64
+    validation_samples: int = 64  # held-out clips that are judged
     peak_tflops: float = 0.0  # of a GPU, for the MFU; 0: by its name
 
 

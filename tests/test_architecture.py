@@ -8,6 +8,7 @@ LEAF: set[str] = set()
 ALLOWED = {
     "fw_train.config_reading": LEAF,
     "fw_train.config": {"fw_train.config_reading"},
+    "fw_train.config_reference": {"fw_train.config"},
     "fw_train.batch": LEAF,
     "fw_train.geometry": LEAF,
     "fw_train.flow": LEAF,
