@@ -27,12 +27,11 @@ from torch import Tensor
 from fw_train.batch import Prediction
 from fw_train.build import world_params
 from fw_train.config import Config
-from fw_train.geometry import invert_rigid, relative_to_first, rotation_angle_deg
 from fw_train.inference import config_of, load_trained
 from fw_train.precision import PRECISIONS
 from fw_train.sampling.conditions import Shape, check_camera, check_image, conditions, padded_text, read_first_frame
 from fw_train.sampling.contact_sheet import contact_sheet
-from fw_train.sampling.encoders import EncoderChoice, RunEncoders, cached_text
+from fw_train.sampling.encoders import EncoderChoice, RunEncoders, cached_text, embedded
 from fw_train.sampling.generate import SamplerParams, decoded_frames, generate, predict_geometry
 from fw_train.sampling.guidance import Guidance
 from fw_train.sampling.outputs import Clip, new_folder, write_clip
@@ -43,8 +42,10 @@ from fw_train.sampling.trajectories import (
     Motion,
     Trajectory,
     decoded_trajectory,
+    distance_between,
     generated_trajectory,
     read_trajectory,
+    relative_path,
     square_pixels,
 )
 from fw_train.stage_weights import VIDEO_STAGE, StageInfo, read_stage_info
@@ -53,18 +54,6 @@ from fw_train.validation import JUDGED_LEVEL
 log = logging.getLogger(__name__)
 
 REPORT_S = 5
-ON_SHEET = (
-    "prompt",
-    "text",
-    "image",
-    "camera",
-    "checkpoint",
-    "seed",
-    "sampler",
-    "steps",
-    "guidance",
-    "camera_guidance",
-)
 
 
 class Texts(NamedTuple):
@@ -206,9 +195,9 @@ def read_texts(args: argparse.Namespace, config: Config, encoders: RunEncoders) 
     if args.text is not None:
         wanted = cached_text(args.text)
     elif args.prompt is not None:
-        wanted = encoders.text().encode([args.prompt])[0].float().cpu()
+        wanted = embedded(encoders.text(), args.prompt)
     tokens, features = config.data.text_tokens, config.model.text_dim
-    return Texts(*(padded_text(text.cpu(), tokens, features) for text in (wanted, empty)))
+    return Texts(*(padded_text(text, tokens, features) for text in (wanted, empty)))
 
 
 def sampler_params(args: argparse.Namespace, config: Config, trajectory: Trajectory | None) -> SamplerParams:
@@ -247,20 +236,27 @@ def assemble(
         points.permute(0, 2, 3, 1).numpy(), frames, confidence.numpy(), args.unsure, args.points, args.seed
     )
     if asked is not None:
-        record["camera"] |= distance_from(predicted, asked)
-    sheet = contact_sheet(
-        frames, depth.numpy(), predicted.first_from_cam.numpy(), None if asked is None else asked.first_from_cam.numpy(),
-        [f"{name}: {value}" for name, value in record.items() if name in ON_SHEET and value is not None],
-    )  # fmt: skip
+        apart = distance_between(predicted, asked)
+        record["camera"]["predicted_off"] = {"deg": apart.rotation_deg, "scene_scales": apart.centre}
+    paths = [relative_path(path).numpy() for path in (asked, predicted) if path is not None]
+    sheet = contact_sheet(frames, depth.numpy(), paths, sheet_lines(record))
     return Clip(frames, depth.numpy(), cloud, predicted.cameras(), sheet, args.fps, record)
 
 
-def distance_from(predicted: Trajectory, asked: Trajectory) -> dict[str, float]:
-    """How far predicted cameras are from the path, both relative to their first one; means over the frames after it."""
-    found, wanted = (relative_to_first(invert_rigid(path.first_from_cam))[1:] for path in (predicted, asked))
-    turned = rotation_angle_deg(found[:, :3, :3], wanted[:, :3, :3])
-    apart = (found[:, :3, 3] - wanted[:, :3, 3]).norm(dim=-1)
-    return {"predicted_off_deg": float(turned.mean()), "predicted_off_scene_scales": float(apart.mean())}
+def sheet_lines(record: dict[str, Any]) -> list[str]:
+    """The record in words."""
+    camera = record["camera"]
+    asked = " ".join(str(camera[name]) for name in ("from", "file", "amount", "unit") if camera.get(name) is not None)
+    lines = [f"{name}: {record[name]}" for name in ("prompt", "text", "image") if record[name] is not None]
+    lines.append(f"camera: {asked or 'none asked for'}")
+    if "predicted_off" in camera:
+        off = camera["predicted_off"]
+        lines.append(f"predicted cameras are off by {off['deg']:.1f} degrees, {off['scene_scales']:.3f} scene scales")
+    lines.append(
+        f"seed {record['seed']}, {record['steps']} steps of {record['sampler']}, shift {record['shift']:g}, guidance "
+        f"{record['guidance']:g} (camera {record['camera_guidance']:g}), {record['checkpoint']} of {record['stage']}"
+    )
+    return lines
 
 
 def describe(args: argparse.Namespace, info: StageInfo, shape: Shape, params: SamplerParams) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from fw_train.config import Config
 from fw_train.data.manifest import MANIFEST, Dataset
 from fw_train.data.sidecar import Sidecar, read_empty_text
 from fw_train.data.sidecar_files import difference
-from fw_train.data.sidecar_tensor import parse_tensor
+from fw_train.data.sidecar_tensor import DTYPES, parse_tensor
 from fw_train.encoders.clip import ImageEncoder, load_image_encoder
 from fw_train.encoders.latents import LatentCodec, load_latent_codec
 from fw_train.encoders.text import TextEncoder, load_text_encoder
@@ -70,7 +70,7 @@ class RunEncoders:
         """The embedding [L, D] of the empty prompt."""
         if self._dataset is not None and not self._choice.text:
             return read_empty_text(self._dataset).float()
-        return self.text().encode([""])[0].float()
+        return embedded(self.text(), "")
 
     def _facts(self, kind: str) -> Mapping[str, Any]:
         return Sidecar(self._dataset, kind).facts if self._dataset is not None else {}
@@ -102,6 +102,11 @@ class RunEncoders:
                 f"the encoder for `{kind}` is not the one of the run's data ({difference(wanted, found)}); give the Wan "
                 "folder that they were encoded with as --model DIR"
             )
+
+
+def embedded(encoder: TextEncoder, prompt: str) -> Tensor:
+    """The embedding [L, D] of a prompt, rounded as those that the network was trained on."""
+    return encoder.encode([prompt])[0].to(DTYPES["text"]).float().cpu()
 
 
 def cached_text(path: Path) -> Tensor:

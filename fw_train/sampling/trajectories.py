@@ -22,11 +22,13 @@ from fw_train.geometry import (
     plucker_rays,
     relative_to_first,
     rigid,
+    rotation_angle_deg,
     vertical_fov_rad,
 )
 
 Motion = Literal["orbit", "dolly", "pan"]
 MOTIONS: tuple[Motion, ...] = get_args(Motion)
+FOV_RAD = 0.1, 3.0  # a prediction may be any number; camera files take no wider range
 
 
 class Trajectory(NamedTuple):
@@ -38,6 +40,11 @@ class Trajectory(NamedTuple):
     def cameras(self) -> Cameras:
         """The same for files: the first camera's frame is the world."""
         return Cameras(invert_rigid(self.first_from_cam), self.intrinsics_frac)
+
+
+class PathDistance(NamedTuple):
+    rotation_deg: float
+    centre: float  # scene scales
 
 
 class CameraInputs(NamedTuple):
@@ -93,7 +100,15 @@ def read_trajectory(
 def decoded_trajectory(pose9: Tensor, size_px: tuple[int, int]) -> Trajectory:
     """The cameras that nine numbers [T, 9] stand for."""
     poses, fov_y_rad = decode_pose9(pose9.double())
-    return Trajectory(poses, square_pixels(fov_y_rad, size_px))
+    return Trajectory(poses, square_pixels(fov_y_rad.clamp(*FOV_RAD), size_px))
+
+
+def distance_between(a: Trajectory, b: Trajectory) -> PathDistance:
+    """How far two paths are apart, each relative to its first camera; means over the frames after that."""
+    found, wanted = (relative_path(path)[1:] for path in (a, b))
+    turned = rotation_angle_deg(found[:, :3, :3], wanted[:, :3, :3])
+    apart = (found[:, :3, 3] - wanted[:, :3, 3]).norm(dim=-1)
+    return PathDistance(float(turned.mean()), float(apart.mean()))
 
 
 def square_pixels(fov_y_rad: Tensor, size_px: tuple[int, int]) -> Tensor:
@@ -101,6 +116,11 @@ def square_pixels(fov_y_rad: Tensor, size_px: tuple[int, int]) -> Tensor:
     fy = 0.5 / torch.tan(fov_y_rad.double() / 2)
     half = torch.full_like(fy, 0.5)
     return torch.stack((fy * size_px[0] / size_px[1], fy, half, half), dim=-1)
+
+
+def relative_path(path: Trajectory) -> Tensor:
+    """Poses [T, 4, 4] relative to the path's own first camera, which predictions need not have at the origin."""
+    return relative_to_first(invert_rigid(path.first_from_cam))
 
 
 def camera_inputs(path: Trajectory, size_px: tuple[int, int]) -> CameraInputs:
