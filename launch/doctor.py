@@ -15,6 +15,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,7 +26,9 @@ from launch.environment import TRAVEL, left_behind, travelling
 from launch.hostfile import read_hostfile
 
 if TYPE_CHECKING:
+    from fw_train.config import Config
     from launch.doctor_facts import Asked
+    from launch.doctor_needs import Needs
     from launch.doctor_verdict import Case
 
 PORT = 29500  # where deepspeed and torchrun let ranks meet
@@ -39,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hostfile", type=Path, metavar="FILE", help="nodes, as deepspeed takes them; reached by ssh")
     parser.add_argument("--ssh-port", type=int, metavar="N", help="of the nodes' sshd, where it is not ssh's own")
     parser.add_argument(
-        "--port", type=int, default=PORT, metavar="N", help=f"where ranks meet on the first node ({PORT})"
+        "--port", type=int, metavar="N", help=f"where ranks meet on the first node (MASTER_PORT, or {PORT})"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all facts and verdicts there")
     parser.add_argument(
@@ -48,34 +51,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    logging.getLogger().setLevel(logging.WARNING)  # importing all packages wakes talkative ones
+    logging.getLogger("numexpr").setLevel(logging.WARNING)  # counts its threads when it is imported
     if args.import_only:
         return print_imports()
     # What follows needs packages whose absence --import reports.
     from fw_train.config import load_config
     from launch.doctor_facts import Asked
-    from launch.doctor_needs import datasets_of, files_of, needs_of, output_of
     from launch.doctor_verdict import Case
 
     try:
-        environ_port = int(os.environ["MASTER_PORT"]) if "MASTER_PORT" in os.environ else None
+        chosen = args.port or _port(os.environ.get("MASTER_PORT", ""))
         hosts = read_hostfile(args.hostfile) if args.hostfile else ()
         environment = travelling(os.environ)
         config = load_config(args.config, args.overrides) if args.config else None
     except (ValueError, OSError) as error:
         print(f"fw doctor: {error}", file=sys.stderr)
         return 2
-    chosen = args.port or environ_port
     asked = Asked(
-        folder=output_of(config) if config else os.getcwd(),
-        datasets=datasets_of(config) if config else (),
-        files=files_of(config) if config else (),
+        folder=str(Path(config.run.output).absolute().parent) if config else os.getcwd(),
+        datasets=_given(*(source.path for source in config.data.sources), config.data.validation) if config else (),
+        files=_given(config.weights.base, config.weights.init_from) if config else (),
         hosts=tuple(host.name for host in hosts),
         variables=tuple(sorted(TRAVEL)),
         port=chosen or PORT,
     )
     case = Case(
-        needs=needs_of(config) if config else None,
         environment=environment,
         left_behind=left_behind(os.environ),
         slots={host.name: host.slots for host in hosts},
@@ -84,14 +84,15 @@ def run(args: argparse.Namespace) -> int:
     if hosts:
         from launch.doctor_hosts import ask_hosts
 
-        return report(replace(case, nodes=ask_hosts(asked, environment, args.ssh_port)), args.json)
-    return _run_here(asked, case, args.json)
+        return report(replace(case, nodes=ask_hosts(asked, environment, args.ssh_port)), config, args.json)
+    return _run_here(asked, case, config, args.json)
 
 
-def report(case: "Case", json_file: Path | None) -> int:
+def report(case: "Case", config: "Config | None", json_file: Path | None) -> int:
     """Prints the table and the remedies; the exit code."""
     from launch.doctor_table import failed, judge, remedies, table
 
+    case = replace(case, needs=_needs(config) if config else None)
     verdicts = judge(case)
     print(table(verdicts, [node.name for node in case.nodes]))
     told = remedies(verdicts)
@@ -106,7 +107,25 @@ def report(case: "Case", json_file: Path | None) -> int:
     return 1 if failed(verdicts) else 0
 
 
-def _run_here(asked: "Asked", case: "Case", json_file: Path | None) -> int:
+def _given(*paths: str) -> tuple[str, ...]:
+    return tuple(path for path in paths if path)
+
+
+def _port(text: str) -> int | None:
+    if text and not re.fullmatch("[0-9]{1,5}", text):
+        raise ValueError(f"MASTER_PORT={text!r} is not a port; unset it, or give a free port of the first node")
+    return int(text) if text else None
+
+
+def _needs(config: "Config") -> "Needs | None":
+    try:
+        from launch.doctor_needs import needs_of
+    except ImportError:
+        return None  # the table says which package is broken
+    return needs_of(config)
+
+
+def _run_here(asked: "Asked", case: "Case", config: "Config | None", json_file: Path | None) -> int:
     """This process alone, or as one of the ranks that a launcher has started."""
     from fw_train.dist import LaunchError, world_from_env
     from launch.doctor_facts import NetworkFacts, Node
@@ -121,7 +140,7 @@ def _run_here(asked: "Asked", case: "Case", json_file: Path | None) -> int:
     if launch.address is None:
         facts = look_at_node(asked, None)
         node = Node(facts.own_name, facts, NetworkFacts(0, "", rename_error=try_alone(asked.folder)), 0)
-        return report(replace(case, nodes=[node]), json_file)
+        return report(replace(case, nodes=[node]), config, json_file)
     from launch.doctor_ranks import NobodyThere, ask_ranks
 
     try:
@@ -129,7 +148,7 @@ def _run_here(asked: "Asked", case: "Case", json_file: Path | None) -> int:
     except NobodyThere as error:
         print(f"fw doctor: rank {launch.rank}: {error}", file=sys.stderr)
         return 1
-    code = 0 if nodes is None else report(replace(case, nodes=nodes), json_file)
+    code = 0 if nodes is None else report(replace(case, nodes=nodes), config, json_file)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # gloo's threads may abort an interpreter that shuts down

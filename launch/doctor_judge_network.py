@@ -50,30 +50,33 @@ def judge_names(case: Case) -> Iterator[Verdict]:
 
 
 def judge_environment(case: Case) -> Iterator[Verdict]:
+    check = "environment"
+    behind = [f"{variable} is set here and does not travel" for variable in case.left_behind]
     for name, facts in case.looked_at:
         there = dict(facts.environment)
-        wrong = [
+        lost = [
             f"{variable} is {there[variable]!r} and not {value!r}"
             if variable in there
             else f"{variable} did not arrive"
             for variable, value in case.environment.items()
             if there.get(variable) != value
         ]
-        wrong += [
-            f"{variable} is set to {there[variable]!r} there alone"
-            for variable in there
+        own = [
+            f"{variable}={value} is set there alone"
+            for variable, value in there.items()
             if variable not in case.environment
         ]
-        if wrong:
-            yield Verdict("environment", name, "fail", "; ".join(wrong), "start through launch/stage1.sh or srun --export=ALL, and "
-                          "see what the node's profile sets")  # fmt: skip
-        elif case.left_behind:
-            behind = ", ".join(case.left_behind)
-            yield Verdict("environment", name, "warn", f"{behind} is set here and does not travel", "unset it, or add it to the "
-                          "list in launch/environment.py")  # fmt: skip
+        if lost:
+            remedy = "start through launch/stage1.sh or srun --export=ALL; see what the node's profile sets"
+            yield Verdict(check, name, "fail", "; ".join(lost), remedy)
+        elif own or behind:
+            remedy = "set it here as well, or nowhere; what travels is listed in launch/environment.py"
+            yield Verdict(check, name, "warn", "; ".join(own + behind), remedy)
         else:
             count = len(case.environment)
-            yield Verdict("environment", name, "ok", f"{count} variable{'s' * (count != 1)} arrived")
+            yield Verdict(
+                check, name, "ok", f"{count} variable{'s' * (count != 1)} arrived" if count else "none is set"
+            )
 
 
 def judge_ports(case: Case) -> Iterator[Verdict]:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from fw_train.flops import PEAK_TFLOPS
+from fw_train.flops import peak_flops
 from launch.doctor_facts import Gemm, NodeFacts, Space
 from launch.doctor_verdict import Case, Verdict, bytes_text, usual
 from launch.remote import REMEDIES
@@ -241,8 +241,8 @@ def _judge_gemm(node: str, gemm: Gemm, cublas: str, usual_speed: float) -> Verdi
         return Verdict(check, node, "fail", f"{gemm.device}: {gemm.error}{version}", remedy)
     assert gemm.tflops is not None
     told = f"{gemm.tflops:.3g} TFLOP/s on {gemm.name}"
-    peak = next((peak for name, peak in PEAK_TFLOPS.items() if name in gemm.name.split()), None)
-    if peak is not None and gemm.tflops < LEAST_OF_PEAK * peak:
+    peak = (peak_flops(gemm.name) or 0.0) / 1e12
+    if gemm.tflops < LEAST_OF_PEAK * peak:
         return Verdict(check, node, "warn", f"{gemm.device}: {told}, whose peak is {peak:g}", "see whether somebody else uses the "
                        "GPU (`nvidia-smi`), its clocks and its power limit")  # fmt: skip
     if gemm.device != "cpu" and gemm.tflops < LEAST_OF_OTHERS * usual_speed:

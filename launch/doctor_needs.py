@@ -1,6 +1,5 @@
-"""What a configuration needs of the machines: room for checkpoints, memory, data and weights to read."""
+"""What a configuration needs of the machines: room for checkpoints, and memory."""
 
-from pathlib import Path
 from typing import NamedTuple
 
 from fw_train.build import on_meta, trainable_shapes, world_params
@@ -25,20 +24,6 @@ def needs_of(config: Config) -> Needs:
     trained = sum(_elements(info.shape) for info in shapes)
     state = trained * 3 * precision.master.itemsize
     return Needs(state + trained * precision.params.itemsize, config.run.keep_last, state, _loader_bytes(config))
-
-
-def datasets_of(config: Config) -> tuple[str, ...]:
-    return tuple(path for path in (*(source.path for source in config.data.sources), config.data.validation) if path)
-
-
-def files_of(config: Config) -> tuple[str, ...]:
-    return tuple(path for path in (config.weights.base, config.weights.init_from) if path)
-
-
-def output_of(config: Config) -> str:
-    """The folder above the run's, or the nearest above that: the run's own need not exist yet."""
-    folder = Path(config.run.output).absolute().parent
-    return str(next(place for place in (folder, *folder.parents) if place.is_dir()))
 
 
 def _loader_bytes(config: Config) -> int:

@@ -41,12 +41,11 @@ class Meeting:
 
     def __init__(self, store: c10d.Store, rank: int, ranks: Sequence[int], leaders: Sequence[int]) -> None:
         self.store, self.rank, self.ranks, self.leaders = store, rank, list(ranks), list(leaders)
-        self.first = self.ranks[0]
 
     def put(self, name: str, value: Any) -> None:
         self.store.set(f"{name}-{self.rank}", json.dumps(value))
 
-    def get(self, name: str, rank: int, timeout_s: float = GATHER_S) -> Any:
+    def get(self, name: str, rank: int, timeout_s: float) -> Any:
         """What that rank has put."""
         key = f"{name}-{rank}"
         try:
@@ -55,23 +54,28 @@ class Meeting:
             raise Missing(f"rank {rank} did not come to `{name}` within {timeout_s:.0f} s") from error
         return json.loads(self.store.get(key))
 
-    def get_all(self, name: str, ranks: Sequence[int]) -> dict[int, Any]:
-        deadline = time.monotonic() + GATHER_S
-        return {rank: self.get(name, rank, deadline - time.monotonic()) for rank in ranks}
+    def exchange(self, name: str, value: Any, ranks: Sequence[int]) -> dict[int, Any]:
+        """What each of these ranks says. The first alone says who is missing: others would blame those who wait themselves."""
+        self.put(f"{name} of", value)
+        if self.rank == ranks[0]:
+            deadline = time.monotonic() + GATHER_S
+            try:
+                said = [self.get(f"{name} of", rank, deadline - time.monotonic()) for rank in ranks]
+                self.put(name, {"said": said})
+            except Missing:
+                there = [rank for rank in ranks if self.store.check([f"{name} of-{rank}"])]
+                self.put(name, {"missing": [rank for rank in ranks if rank not in there]})
+        # Ranks that lead no node come here long before the others.
+        answer = self.get(name, ranks[0], 2 * GATHER_S + PAIRS_S)
+        if "missing" in answer:
+            missing = ", ".join(map(str, answer["missing"]))
+            raise Missing(f"rank {missing} did not come to `{name}` within {GATHER_S:.0f} s")
+        return dict(zip(ranks, answer["said"], strict=True))
 
     def agree(self, name: str, mine: bool, ranks: Sequence[int], until: float = float("inf")) -> bool:
-        """Whether all of these ranks said yes and the first's clock is before `until`: the same answer for all."""
-        self.put(f"{name} ready", mine)
-        if self.rank == ranks[0]:
-            try:
-                yes = all(self.get_all(f"{name} ready", ranks).values()) and time.monotonic() < until
-                self.put(name, {"yes": yes})
-            except Missing as missing:
-                self.put(name, {"missing": str(missing)})
-        answer = self.get(name, ranks[0], 2 * GATHER_S + PAIRS_S)  # ranks that lead no node come long before
-        if "missing" in answer:
-            raise Missing(answer["missing"])
-        return answer["yes"]
+        """Whether all of these ranks said yes, and the first's clock was before `until`: the same answer for all."""
+        on_time = self.rank != ranks[0] or time.monotonic() < until
+        return all(self.exchange(name, mine and on_time, ranks).values())
 
 
 def look_at_network(meeting: Meeting, folder: str, device: torch.device) -> NetworkFacts:
@@ -144,8 +148,7 @@ class _Server(socketserver.ThreadingTCPServer):
 
 def _connect_to_all(meeting: Meeting) -> tuple[Reached, ...]:
     server = _Server(meeting.rank)
-    meeting.put("address", [gloo_address(), server.server_address[1]])
-    addresses = meeting.get_all("address", meeting.leaders)
+    addresses = meeting.exchange("address", [gloo_address(), server.server_address[1]], meeting.leaders)
     others = [rank for rank in meeting.leaders if rank != meeting.rank]
     with ThreadPoolExecutor(max(1, len(others))) as pool:
         found = tuple(pool.map(lambda rank: connect(rank, *addresses[rank]), others))
@@ -180,8 +183,7 @@ def connect(peer: int, address: str, port: int) -> Reached:
 
 def _blocked_pairs(meeting: Meeting, reached: Sequence[Reached]) -> set[tuple[int, int]]:
     """Pairs of which one cannot connect to the other."""
-    meeting.put("blocked", [r.peer for r in reached if r.error])
-    blocked = meeting.get_all("blocked", meeting.leaders)
+    blocked = meeting.exchange("blocked", [r.peer for r in reached if r.error], meeting.leaders)
     return {(min(rank, peer), max(rank, peer)) for rank, peers in blocked.items() for peer in peers}
 
 

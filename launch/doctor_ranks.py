@@ -71,7 +71,7 @@ def _who_came(everybody: Meeting) -> dict[int, Any]:
     """What the ranks found on their nodes, of those that came in time."""
     deadline, looks = time.monotonic() + START_S, {}
     for rank in everybody.ranks:
-        with suppress(Missing):
+        with suppress(Missing):  # those that came stay, however late the others are
             looks[rank] = everybody.get("look", rank, deadline - time.monotonic())
     return looks
 

@@ -7,29 +7,31 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.doctor_node import existing
+
 if TYPE_CHECKING:
     from launch.doctor_network import Meeting
 
-SEEN_S = 8.0  # that a network file system may take to show what another node wrote
+SEEN_S = 5.0  # that a network file system may take to show what another node wrote
 
 
 def try_folder(meeting: "Meeting", folder: str) -> tuple[str, str]:
     """What is wrong with sharing and with renaming; for one process of each node."""
-    if meeting.rank == meeting.first:
-        meeting.put("folder", _make_nonce(folder))
-    path, nonce, error = meeting.get("folder", meeting.first)
+    first = meeting.rank == meeting.leaders[0]
+    made = _make_nonce(folder) if first else None
+    path, nonce, error = meeting.exchange("folder", made, meeting.leaders)[meeting.leaders[0]]
     if error:
         return error, ""
     place = Path(path)
     shared_error = _see(place / "nonce", nonce)
     rename_error = "" if shared_error else try_rename(place, f"rank-{meeting.rank}", nonce)
-    wrote = not (shared_error or rename_error)
-    meeting.put("wrote", wrote)
-    if meeting.rank == meeting.first:
-        for rank, there in meeting.get_all("wrote", meeting.leaders).items():
-            if there and not shared_error:
-                shared_error = _see(place / f"rank-{rank}", nonce)
-        shutil.rmtree(place, ignore_errors=True)
+    try:
+        wrote = meeting.exchange("wrote", not (shared_error or rename_error), meeting.leaders)
+        for rank, there in wrote.items() if first else ():
+            shared_error = shared_error or (_see(place / f"rank-{rank}", nonce) if there else "")
+    finally:
+        if first:
+            shutil.rmtree(place, ignore_errors=True)
     return shared_error, rename_error
 
 
@@ -70,12 +72,12 @@ def try_rename(folder: Path, name: str, content: str) -> str:
 def _make_nonce(folder: str) -> tuple[str, str, str]:
     """A new folder with a file of random letters: path, letters, error."""
     nonce = secrets.token_hex(16)
-    place = Path(folder) / f".fw-doctor-{nonce[:8]}"
+    place = existing(folder) / f".fw-doctor-{nonce[:8]}"  # what does not exist is made by the run
     try:
         place.mkdir()
         (place / "nonce").write_text(nonce)
     except OSError as error:
-        return "", "", f"{folder} cannot be written: {error}"
+        return "", "", f"{place.parent} cannot be written: {error}"
     return str(place), nonce, ""
 
 

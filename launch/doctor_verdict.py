@@ -3,10 +3,12 @@
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from launch.doctor_facts import Node, NodeFacts
-from launch.doctor_needs import Needs
+
+if TYPE_CHECKING:
+    from launch.doctor_needs import Needs  # builds the network, for which a package may be missing
 
 Status = Literal["ok", "skip", "warn", "fail"]
 ORDER: tuple[Status, ...] = ("ok", "skip", "warn", "fail")  # ascending: the worst of a cell is shown
@@ -28,7 +30,7 @@ class Case:
     """All that is judged together."""
 
     nodes: Sequence[Node] = ()
-    needs: Needs | None = None  # without a configuration nothing particular is needed
+    needs: "Needs | None" = None  # without a configuration nothing particular is needed
     environment: Mapping[str, str] = field(default_factory=dict)  # that must have arrived
     left_behind: Sequence[str] = ()  # set here, and not on the list of what travels
     slots: Mapping[str, int] = field(default_factory=dict)  # ranks that a node is to run
