@@ -35,9 +35,9 @@ def sample_path(rng: np.random.Generator) -> CameraPath:
     kind = PATH_KINDS[rng.integers(len(PATH_KINDS))]
     side = 1.0 if rng.random() < 0.5 else -1.0
     largest = {
-        "orbit": rng.uniform(0.5, 1.1),
+        "orbit": rng.uniform(0.6, 1.2),
         "dolly": rng.uniform(1.0, 1.8),
-        "pan": rng.uniform(0.35, 0.6),
+        "pan": rng.uniform(0.5, 0.8),
         "crane": rng.uniform(0.9, 1.5),
         "handheld": rng.uniform(0.7, 1.3),
     }[kind]
@@ -72,7 +72,7 @@ def describe_path(path: CameraPath) -> str:
     """What the camera does, as the end of a sentence."""
     forwards = path.amount > 0
     return {
-        "orbit": f"the camera orbits to the {'right' if forwards else 'left'}",
+        "orbit": f"the camera orbits {'anticlockwise' if forwards else 'clockwise'}",  # as seen from above
         "dolly": f"the camera moves {'forward' if forwards else 'back'}",
         "pan": f"the camera pans to the {'right' if forwards else 'left'}",
         "crane": f"the camera {'rises' if forwards else 'sinks'}",

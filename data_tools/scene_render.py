@@ -11,6 +11,7 @@ from data_tools.scene_textures import Texture, albedo
 
 BAND_RAYS = 1 << 15  # rays at a time: their arrays stay in the processor's cache
 SAMPLES = 2  # colour rays along each side of a pixel
+WARM = (1.0, 0.0, -1.0)  # what a glow adds to red, green and blue
 LIFT_M = 2e-3  # shadow rays start this far above their surface
 
 
@@ -25,13 +26,17 @@ class Surface(NamedTuple):
 
 
 class Light(NamedTuple):
-    """A lamp (or far away, the sun), light from all around, and the haze that far things fade into."""
+    """A lamp (or far away, the sun), light from all around, and the haze that far things fade into.
+
+    The air is warm towards `glow` and cool away from it, the more the longer it is.
+    """
 
     position: Vector
     strength: float
     ambient: Vector
     haze: Vector
     haze_m: float
+    glow: Vector
 
 
 class View(NamedTuple):
@@ -113,7 +118,7 @@ def _first_hit(surfaces: Sequence[Surface], origin: Array, rays: Array) -> tuple
 
 
 def _shade(surfaces: Sequence[Surface], light: Light, origin: Array, rays: Array, pixel: float) -> Array:
-    """Linear colours [3, N]: Lambert's law with hard shadows, ambient light dimmed near other things, and haze."""
+    """Linear colours [3, N]: Lambert's law with hard shadows, ambient light dimmed near other things, haze and glow."""
     factor, index = _first_hit(surfaces, origin, rays)
     colour = np.empty_like(rays)
     for number, surface in enumerate(surfaces):
@@ -131,7 +136,8 @@ def _shade(surfaces: Sequence[Surface], light: Light, origin: Array, rays: Array
             haze = 1 - np.exp(-((far * length / light.haze_m) ** 2))
             own = own + (np.array(light.haze, own.dtype)[:, None] - own) * haze
         colour[:, chosen] = own
-    return colour
+    warmth = dot(np.array(light.glow, rays.dtype)[:, None], rays) / np.sqrt(dot(rays, rays))
+    return colour * (1 + np.array(WARM, rays.dtype)[:, None] * warmth)
 
 
 def _light_at(surfaces: Sequence[Surface], number: int, light: Light, points: Array, facing: Array) -> Array:

@@ -18,6 +18,7 @@ Rest = Literal["still", "slides", "bounces", "turns"]
 STAGE_RADIUS_M = 2.3  # objects stay within, cameras outside
 DOME_RADIUS_M = 26.0
 GRAVITY = 9.81
+GLOW = 0.6
 LEAST_SEEN = 0.002  # share of the pixels above which the caption names an object
 
 # Linear RGB.
@@ -222,12 +223,15 @@ def _sample_surroundings(
     # The sun stands beside or behind the first camera, so that one sees lit sides and shadows both.
     sun = azimuth_rad + float(rng.uniform(0.6, 1.8)) * (1 if rng.random() < 0.5 else -1)
     steep = float(rng.uniform(0.65, 1.05))
+    # On the right it is always evening: colours alone tell a network of minutes how far the camera has turned.
+    glow = _scaled(stage_right(azimuth_rad), GLOW)
     sunlight = Light(
         _scaled((math.cos(steep) * math.sin(sun), -math.sin(steep), -math.cos(steep) * math.cos(sun)), 120),
         1.1,
         _mixed((0.36, 0.36, 0.36), zenith, 0.3),
         horizon,
         42,
+        glow,
     )
     if kind == "room":
         half, height = float(rng.uniform(7.0, 8.0)), float(rng.uniform(3.6, 4.4))
@@ -238,6 +242,7 @@ def _sample_surroundings(
             (0.40, 0.38, 0.36),
             (0.25, 0.24, 0.23),
             60,
+            glow,
         )
         walls = Surface(Box((0.0, -height / 2, 0.0), (half, height, half), azimuth_rad + 0.4, True), wall, casts=False)
         ceiling = Surface(Level(-height, 1.0), Texture("plain", CREAM, CREAM), casts=False)

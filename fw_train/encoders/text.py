@@ -28,10 +28,10 @@ class TextEncoder(Protocol):
 
 
 class HashEncoder:
-    """Text without weights: a word is a unit vector that follows from its letters, and no text is a word of its own."""
+    """Text without weights: a word is a vector of mean square 1 that follows from its letters, no text is a word too."""
 
     def __init__(self, features: int) -> None:
-        self.fingerprint_facts: dict[str, Any] = {"encoder": f"hash:{features}", "version": 1}
+        self.fingerprint_facts: dict[str, Any] = {"encoder": f"hash:{features}", "version": 2}
         self._features = features
 
     def encode(self, texts: Sequence[str]) -> list[Tensor]:
@@ -42,7 +42,7 @@ class HashEncoder:
         key = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         counted = (hashlib.blake2b(key, salt=n.to_bytes(4, "little")).digest() for n in range(-(-self._features // 16)))
         uniform = np.frombuffer(b"".join(counted), "<u4")[: self._features] / 2.0**32 - 0.5
-        return torch.from_numpy((uniform / np.linalg.norm(uniform)).astype(np.float32))
+        return torch.from_numpy((uniform / np.sqrt(np.square(uniform).mean())).astype(np.float32))
 
 
 def load_text_encoder(name_or_folder: str | Path, device: str | torch.device = "cpu") -> TextEncoder:

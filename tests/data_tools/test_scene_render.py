@@ -8,7 +8,7 @@ from data_tools.scene_textures import PATTERNS, Texture, albedo
 WHITE = Texture("plain", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 DOME = Surface(Sphere((0, 0, 0), 50.0, True), Texture("sky", (0.5, 0.6, 0.8), (0.1, 0.2, 0.6)), False, False, False)
 FLOOR = Surface(Level(), WHITE, casts=False)
-LIGHT = Light((0.0, -100.0, 0.0), 0.8, (0.2, 0.2, 0.2), (0.5, 0.5, 0.5), 1e6)
+LIGHT = Light((0.0, -100.0, 0.0), 0.8, (0.2, 0.2, 0.2), (0.5, 0.5, 0.5), 1e6, (0.0, 0.0, 0.0))
 
 
 def facing_floor(height=32, width=48, up=4.0):
@@ -71,3 +71,16 @@ def test_patterns_give_colours_and_fade_far_away(pattern):
     assert near.std(axis=1).max() > 0.01
     if pattern not in ("sky", "panels"):
         np.testing.assert_allclose(far, far[:, :1].repeat(500, axis=1))
+
+
+def test_the_air_is_warm_towards_the_glow_and_cool_away_from_it():
+    view = View(np.eye(4), 40.0, 32, 48)
+    plain, evening = (
+        render_colour([DOME], LIGHT._replace(glow=glow), view).astype(int) for glow in ((0.0,) * 3, (0.6, 0.0, 0.0))
+    )
+    red, green, blue = np.moveaxis(evening - plain, -1, 0).mean(axis=1)  # of each column
+    assert (np.diff(red[::8]) > 0).all()
+    assert (np.diff(blue[::8]) < 0).all()
+    assert red[0] < -10 < 10 < red[-1]
+    assert blue[-1] < -10 < 10 < blue[0]
+    assert np.abs(green).max() == 0
