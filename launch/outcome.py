@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fw_train.run_folder import Status, current_token, read_status, write_status
+from fw_train.run_folder import State, Status, current_token, read_status, write_status
 from launch.hostfile import Host
 from launch.launch_file import Launch, log_file
 from launch.messages import Ended, HostLost
@@ -33,10 +33,10 @@ def own_status(launch: Launch) -> Status | None:
     return read_status(output) if current_token(output) != launch.before else None
 
 
-def write_failed(launch: Launch, reason: str) -> None:
+def write_failed(launch: Launch, reason: str, states: Sequence[State] = ("running",)) -> None:
     """What a run that was killed could not write any more."""
     status = own_status(launch)
-    if status and status.state == "running":
+    if status and status.state in states:
         output = Path(launch.output)
         write_status(output, current_token(output), Status("failed", status.step, reason))
 
@@ -47,15 +47,16 @@ def judge(launch: Launch, hosts: Sequence[Host], course: Course) -> Verdict:
     ranks = sum(host.slots for host in hosts)
     bad = [event for event in course.events if not (isinstance(event, Ended) and event.code == 0)]
     clean = not bad and len(course.events) == ranks and not course.ended_for
+    # Both are written once all ranks have saved and met; what happens to one of them after that costs nothing.
+    late = "" if clean else "; afterwards, " + (_event(bad[0]) if bad else course.ended_for or "a rank gave no word")
     if status and status.state == "finished":
-        late = (
-            "" if clean else "; afterwards, " + (_event(bad[0]) if bad else course.ended_for or "a rank gave no word")
-        )
         return Verdict(0, f"finished at step {status.step}{late}")
-    if status and status.state == "stopped" and clean:
-        return Verdict(0, f"stopped at step {status.step} ({status.reason}); the same command goes on from there")
+    if status and status.state == "stopped":
+        return Verdict(0, f"stopped at step {status.step} ({status.reason}); the same command goes on from there{late}")
     words = _failure(launch, hosts, course, bad, status)
-    write_failed(launch, words.splitlines()[0])
+    # The other ranks saw only that a connection broke; from here one sees which process ended first.
+    by_force = bool(bad) and (isinstance(bad[0], HostLost) or bad[0].code < 0 or bool(bad[0].why))
+    write_failed(launch, words.splitlines()[0], ("running", "failed") if by_force else ("running",))
     return Verdict(1, words)
 
 

@@ -7,16 +7,24 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 MARK = "FW_LAUNCH"
+LOOKS = 3
 
 
 def main(launch: str) -> None:
-    for pid, command in carrying(launch):
+    ended = dict[int, str]()
+    # Looked for more than once: a process that is becoming another program has no environment for a moment.
+    for _ in range(LOOKS):
+        for pid, command in carrying(launch):
+            ended[pid] = command
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.1)
+    for pid, command in ended.items():
         print(f"{pid} {command}")
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 def carrying(launch: str) -> list[tuple[int, str]]:
