@@ -24,6 +24,7 @@ class Group(NamedTuple):
 COMMANDS: dict[str, Command | Group] = {
     "train": Command("fw_train.train", "train a stage, or go on with a run"),
     "promote": Command("fw_train.commands.promote", "say whether a stage-1 run is ready for stage 2"),
+    "eval": Command("fw_train.commands.eval", "judge trained weights on held-out clips, side by side"),
     "baseline": Command("fw_train.commands.baseline", "score the best constant prediction on held-out clips"),
     "sample": Command("fw_train.commands.sample", "generate a clip with its depth, points and cameras"),
     "inspect": Command("fw_train.commands.inspect", "say what weights, checkpoints and runs hold, and if they are whole"),

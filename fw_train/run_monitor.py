@@ -3,28 +3,22 @@
 import resource
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fw_train.batch import Batch
 from fw_train.build import world_params
-from fw_train.camera_path import CameraPath, path_of_poses
 from fw_train.config import Config, to_tree, to_yaml
 from fw_train.dist import World
+from fw_train.evaluation.scenes import scene
 from fw_train.flops import Shape, peak_flops, sample_flops, total_flops
-from fw_train.geometry import decode_pose9
-from fw_train.losses import align
 from fw_train.monitor import Monitor, silent_monitor
 from fw_train.pictures import Scene
 from fw_train.resume_check import flattened
 from fw_train.step import StepParams
 from fw_train.step_figures import RunFacts
 from fw_train.validation import JUDGED_LEVEL, predict
-
-SHOWN_POINTS = 20_000
 
 
 def open_monitor(output: Path, config: Config, world: World, version: str, first_step: int) -> Monitor:
@@ -68,36 +62,9 @@ def scene_of(module: nn.Module, batch: Batch, video: Tensor, params: StepParams)
 
     `batch` has one clip, `video` [1, T, 3, H, W] in [-1, 1]; sharded engines need all ranks for the forward pass.
     """
-    assert batch.depth is not None
-    assert batch.valid is not None
-    assert batch.points is not None
-    assert batch.pose9 is not None
     with torch.no_grad():
         prediction = predict(module, batch, JUDGED_LEVEL, params.seed, params.dtype, camera=False)
-    assert prediction.depth is not None
-    assert prediction.points is not None
-    assert prediction.cameras is not None
-    t = batch.depth.shape[1] // 2
-    kind = batch.depth_kind[0] if batch.depth_kind else "metric"
-    depth, label, _ = align(prediction.depth[0], batch.depth[0], batch.valid[0], kind)
-    frame = ((video[0, t].float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
-    pixels = batch.valid[0, t].flatten().nonzero().squeeze(1)
-    pixels = pixels[:: max(1, len(pixels) // SHOWN_POINTS)]
-
-    def at(points: Tensor) -> Tensor:
-        return points[0, t].float().flatten(1)[:, pixels].T
-
-    return Scene(
-        frame=_numpy(frame),
-        depth_true=_numpy(label[t].float()),
-        depth_predicted=_numpy(depth[t].float()),
-        valid=_numpy(batch.valid[0, t]),
-        points_true=_numpy(at(batch.points)),
-        points_predicted=_numpy(at(prediction.points)),
-        point_colours=_numpy(frame.flatten(0, 1)[pixels]),
-        cameras_true=_path(batch.pose9[0]),
-        cameras_predicted=_path(prediction.cameras[0]),
-    )
+    return scene(prediction, batch, video)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -110,11 +77,3 @@ def peak_memory_bytes(device: torch.device) -> int:
 def _tokens(shape: Shape) -> int:
     frames, rows, columns = shape.grid
     return frames * rows * columns
-
-
-def _path(pose9: Tensor) -> CameraPath:
-    return path_of_poses(_numpy(decode_pose9(pose9.double())[0]))
-
-
-def _numpy(tensor: Tensor) -> NDArray[Any]:
-    return tensor.detach().cpu().numpy()

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fw_train.batch import Batch, Prediction
+from fw_train.evaluation.diffusion import BINS, bin_level, velocity_error
 from fw_train.flow import draw_noise, mix, to_timestep, velocity_target
 from fw_train.losses import LossParams, SampleLosses, sample_losses
 
-BINS = 10
 JUDGED_LEVEL = 0.1
 SEED_APART = 1 << 32  # validation noise is not that of any training position
 GEOMETRY = ("depth", "point", "camera")
@@ -89,7 +89,7 @@ def validate(
                     prediction = predict(module, batch, case.level, seed, dtype, camera=case.camera)
                     _count(tally, case.name, sample_losses(prediction, batch, None, LossParams("guide")), counts)
             for index in range(BINS) if diffusion else ():
-                error = diffusion_error(module, batch, (index + 0.5) / BINS, seed, dtype)
+                error = diffusion_error(module, batch, bin_level(index), seed, dtype)
                 tally.add(f"bin{index}", error, torch.full_like(error, counts, dtype=torch.bool))
     means = tally.means([*names, *bins], all_sum)
     values = {name: means[name] for name in names if name in means}
@@ -113,7 +113,7 @@ def diffusion_error(module: nn.Module, batch: Batch, level: float, seed: int, dt
     """Mean square error of the velocity, fp32 [B], camera and text given."""
     noisy, target = _noised(batch, level, seed)
     prediction = module(noisy.to(batch.latents.device, dtype), velocity=True, geometry=False)
-    return (prediction.velocity.float() - target).square().flatten(1).mean(1)
+    return velocity_error(prediction.velocity, target)
 
 
 def _noised(batch: Batch, level: float, seed: int) -> tuple[Batch, Tensor]:

@@ -14,47 +14,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from fw_train.batch import Batch, Prediction
 from fw_train.build import world_params
 from fw_train.commands.arguments import add_config, read_config
 from fw_train.commands.promote import read_validations
 from fw_train.config import Config, ConfigError
+from fw_train.evaluation.constant import constant_for, mean_labels
 from fw_train.losses import LossParams, sample_losses
 from fw_train.monitor import METRICS
-from fw_train.run_data import BatchMaker, HeldOut, open_data
+from fw_train.run_data import BatchMaker, HeldOut
 from fw_train.validation import GEOMETRY, Tally
-
-
-class MeanLabels:
-    """The mean labels of the clips of one size; pixels that no clip has valid are 1 far and at the origin."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-
-    def add(self, batch: Batch) -> None:
-        assert batch.depth is not None
-        assert batch.points is not None
-        assert batch.valid is not None
-        assert batch.pose9 is not None
-        valid = batch.valid[0]
-        parts = {
-            "depth": torch.where(valid, batch.depth[0], 0).double(),
-            "points": torch.where(valid[:, None], batch.points[0], 0).double(),
-            "valid": valid.double(),
-            "pose9": batch.pose9[0].double(),
-            "clips": torch.ones((), dtype=torch.float64),
-        }
-        for name, value in parts.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-
-    def prediction(self) -> Prediction:
-        sums, seen = self._sums, self._sums["valid"].clamp_min(1)
-        depth = torch.where(sums["valid"] > 0, sums["depth"] / seen, 1).float()
-        points = (sums["points"] / seen[:, None]).float()
-        cameras = (sums["pose9"] / sums["clips"]).float()
-        return Prediction(None, depth[None], points[None], torch.ones_like(depth)[None], cameras[None])
 
 
 class Row(NamedTuple):
@@ -90,30 +59,18 @@ def constant_losses(config: Config, clips: int | None = None) -> dict[str, float
     """The `guide` terms of the constant prediction, means over the held-out clips."""
     if not config.data.validation:
         raise ConfigError("data.validation is empty; give the folder of held-out clips")
+    means = mean_labels(
+        config, clips, rank=0, world=1, all_sum=lambda tensor: tensor, progress=lambda done, total: None
+    )
     wan = world_params(config).wan
     make_batch = BatchMaker(config, wan, torch.device("cpu"))
-    data = open_data(config, wan)
-    means: dict[tuple[int, ...], MeanLabels] = {}
-    for stream in range(len(data.streams)):
-        rows = data.rows(stream)
-        for row in rows if clips is None else rows[:: max(1, len(rows) * len(data.streams) // clips)]:
-            batch = make_batch(data.sample_batch(data.source_of(stream), [int(row)], [0]))
-            means.setdefault(size_of(batch), MeanLabels()).add(batch)
     tally = Tally()
     for coded, _ in HeldOut(config, wan, rank=0, world=1).batches():
         batch = make_batch(coded)
-        if size_of(batch) not in means:
-            raise ValueError(f"no training clip has the size {size_of(batch)} of the held-out clip {batch.keys[0]}")
-        losses = sample_losses(means[size_of(batch)].prediction(), batch, None, LossParams("guide"))
+        losses = sample_losses(constant_for(means, batch), batch, None, LossParams("guide"))
         for term in GEOMETRY:
             tally.add(term, getattr(losses, term).value, getattr(losses, term).counted)
     return tally.means(GEOMETRY, lambda tensor: tensor)
-
-
-def size_of(batch: Batch) -> tuple[int, ...]:
-    """Frames, height and width of the labels."""
-    assert batch.depth is not None
-    return tuple(batch.depth.shape[1:])
 
 
 def compare(constant: dict[str, float], run_folder: Path | None) -> list[Row]:

@@ -1,30 +1,10 @@
 import json
 
 import pytest
-import torch
 from tiny_training import make_data, write_config
 
-from fw_train.batch import Batch
 from fw_train.cli import main
-from fw_train.commands.baseline import MeanLabels, compare
-
-
-def labels(depth, valid, pose):
-    depth = torch.tensor(depth).view(1, 1, 1, -1)
-    return Batch(
-        latents=torch.zeros(1), text=torch.zeros(1), depth=depth, valid=torch.tensor(valid).view(1, 1, 1, -1),
-        points=depth[:, :, None].expand(-1, -1, 3, -1, -1) * 10, pose9=torch.full((1, 1, 9), pose),
-    )  # fmt: skip
-
-
-def test_the_constant_is_the_mean_over_the_clips_that_have_the_pixel():
-    means = MeanLabels()
-    means.add(labels([1.0, 2.0, float("nan")], [True, True, False], 0.5))
-    means.add(labels([3.0, 99.0, 7.0], [True, False, False], 1.5))
-    constant = means.prediction()
-    assert constant.depth.flatten().tolist() == [2.0, 2.0, 1.0]
-    assert constant.points[0, 0, 0].flatten().tolist() == [20.0, 20.0, 0.0]
-    assert constant.cameras.flatten().tolist() == [1.0] * 9
+from fw_train.commands.baseline import compare
 
 
 def test_one_clip_is_its_own_best_constant(tmp_path, capsys):
