@@ -116,7 +116,7 @@ train() {
     if [ "$state" = failed ]; then
         say "failed; see above, and submit it again to go on from the last checkpoint" >&2
     else
-        say "the trainer ended with exit code $code and said nothing: it did not start, or was killed (out of memory?); see above" >&2
+        say "the trainer ended with code $code and has not said why: it did not start, or was killed (out of memory?); see above" >&2
     fi
     exit 1
 }

@@ -97,9 +97,12 @@ class Cluster:
         return found[0]
 
     def start_now(self, job, timeout_s=60):
-        """Lifts the two minutes that a requeued job would wait; returns when it runs again."""
+        """Lifts the two minutes that a requeued job would wait; returns when it runs again.
+
+        All but three seconds: nodes refuse credentials of the second in which those of the start before were revoked.
+        """
         self.until(job, "PENDING", timeout_s=timeout_s)
-        self.scontrol("update", f"JobId={job}", "StartTime=now")
+        self.scontrol("update", f"JobId={job}", "StartTime=now+3")
         self.until(job, "RUNNING", "COMPLETED", "FAILED", timeout_s=timeout_s)
 
     def describe(self):

@@ -92,7 +92,7 @@ def test_what_an_earlier_start_said_does_not_count(shell, tmp_path, state):
     subprocess.run(["bash", "-c", says(run, state)], check=True)
     code, output, _, scontrol = shell(f"train some.yaml {run}", TRAINER="exit 0")
     assert (code, scontrol) == (1, "")
-    assert "said nothing" in output
+    assert "has not said why" in output
 
 
 def test_a_lost_node_requeues_what_failed_because_of_it(shell, tmp_path):
@@ -115,6 +115,7 @@ def test_signals_of_slurm(shell, tmp_path):
     lines = tell.format(ready=ready, signal="USR1") + f"\ntrain some.yaml {run}"
     code, output, _, scontrol = shell(lines, TRAINER=trainer)
     assert (code, scontrol) == (0, "requeue 7\n"), output
+    assert "is stopped at step 3: SIGUSR1" in output
 
     ready.unlink()
     trainer = f"touch {ready}; sleep 1; {says(run, 'stopped', reason='SIGTERM')}"
