@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         hosts = read_hostfile(args.hostfile) if args.hostfile else ()
         environment = travelling(os.environ)
         config = load_config(args.config, args.overrides) if args.config else None
+        if args.json and not args.json.absolute().parent.is_dir():
+            raise ValueError(f"--json {args.json}: there is no such folder")
     except (ValueError, OSError) as error:
         print(f"fw doctor: {error}", file=sys.stderr)
         return 2

@@ -9,6 +9,7 @@ It ends when that connection does, and after LIMIT_S whatever happens.
 """
 
 import json
+import logging
 import os
 import queue
 import signal
@@ -27,6 +28,8 @@ STORE_S = 12
 
 def main() -> None:
     signal.alarm(LIMIT_S)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("launch").setLevel(logging.DEBUG)  # of a node that does not answer, its last line is shown
     inbox: queue.Queue[str] = queue.Queue()
     threading.Thread(target=_listen, args=(inbox,), daemon=True).start()
     asked, store = Asked(), None

@@ -27,6 +27,7 @@ class Gpu:
     name: str
     driver: str
     memory_mib: float | None
+    used_mib: float | None  # before the doctor itself takes any
     clock_mhz: float | None
     max_clock_mhz: float | None
     slowed: int | None  # bits of clocks_throttle_reasons.active

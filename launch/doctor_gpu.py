@@ -10,8 +10,8 @@ from launch.doctor_facts import Gemm, Gpu
 
 # Long-lived names: nvidia-smi refuses the whole question for one that it does not know.
 FIELDS = (
-    "index", "name", "driver_version", "memory.total", "clocks.sm", "clocks.max.sm", "clocks_throttle_reasons.active",
-    "ecc.mode.current", "ecc.errors.uncorrected.volatile.total", "temperature.gpu",
+    "index", "name", "driver_version", "memory.total", "memory.used", "clocks.sm", "clocks.max.sm",
+    "clocks_throttle_reasons.active", "ecc.mode.current", "ecc.errors.uncorrected.volatile.total", "temperature.gpu",
 )  # fmt: skip
 GEMM_MARK = "fw-doctor-gemm "
 
@@ -37,11 +37,11 @@ def parse_gpus(text: str) -> tuple[Gpu, ...]:
         parts = [part.strip() for part in line.split(", ")]
         if len(parts) != len(FIELDS):
             raise ValueError(f"nvidia-smi answered {line!r}; {len(FIELDS)} values were asked for")
-        index, name, driver, memory, clock, max_clock, slowed, ecc, errors, temperature = parts
+        index, name, driver, memory, used, clock, max_clock, slowed, ecc, errors, temperature = parts
         uncorrected, bits = _number(errors), _known(slowed)
         gpus.append(
             Gpu(
-                int(index), name, driver, _number(memory), _number(clock), _number(max_clock),
+                int(index), name, driver, _number(memory), _number(used), _number(clock), _number(max_clock),
                 None if bits is None else int(bits, 16), _known(ecc),
                 None if uncorrected is None else int(uncorrected), _number(temperature),
             )

@@ -20,7 +20,7 @@ from launch.remote import ssh_options
 
 R = TypeVar("R")
 
-LOOK_S, MEET_S, NETWORK_S = 55.0, 20.0, 75.0
+LOOK_S, MEET_S, NETWORK_S = 45.0, 15.0, 45.0  # together two minutes, meeting being two steps
 TOLD = 400  # characters of what a node said last
 
 
@@ -80,7 +80,9 @@ class Line:
             self._last = (self._last + line)[-TOLD:]
 
     def _told(self) -> str:
-        return f": {' / '.join(self._last.split(chr(10))).strip(' /')}" if self._last.strip() else ""
+        """Its last line, which says what went wrong, or what it was at."""
+        lines = self._last.strip().splitlines()
+        return f": {lines[-1]}" if lines else ""
 
 
 def ask_hosts(asked: Asked, environment: Mapping[str, str], ssh_port: int | None) -> list[Node]:

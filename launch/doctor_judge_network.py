@@ -146,6 +146,11 @@ def judge_pairs(case: Case) -> Iterator[Verdict]:
     usual_speed = median(speeds) if speeds else 0.0
     check = "all-reduce of two"
     for node, network in _seen(case):
+        tried = {r.peer for r in network.reduced}
+        left = [r.peer for r in network.reached if not r.error and r.peer not in tried]
+        if left and not network.trouble:
+            others = len(network.reached)
+            yield Verdict(check, node.name, "skip", f"{others - len(left)} of {others} pairs in the time there is")
         for r in network.reduced:
             if r.peer is None:
                 continue

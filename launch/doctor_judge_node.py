@@ -11,6 +11,7 @@ from launch.remote import REMEDIES
 GIB = 1 << 30
 SHM_WITH_GPUS, SHM_WITHOUT = GIB, 16 << 20  # NCCL's buffers between GPUs of a node; semaphores of loader processes
 OPEN_FILES = 4096
+USED_MIB = 4096  # of a GPU's memory: a few contexts, and what the doctor's other ranks take
 LEAST_OF_PEAK, LEAST_OF_OTHERS = 0.5, 0.85  # TFLOP/s
 H20_CUBLAS = (12, 4, 5, 8)
 # Bits of clocks_throttle_reasons that mean a machine in trouble; the others are idleness, settings and the power limit.
@@ -72,6 +73,17 @@ def judge_gpus(case: Case) -> Iterator[Verdict]:
             yield Verdict("GPUs", name, "fail", f"{kinds[name]}, and slots={slots}", f"slots={seen} in the hostfile")
         else:
             yield Verdict("GPUs", name, "ok", kinds[name])
+
+
+def judge_gpu_memory(case: Case) -> Iterator[Verdict]:
+    for name, facts in case.looked_at:
+        used = [(gpu.index, gpu.used_mib or 0.0) for gpu in facts.gpus]
+        full = [f"GPU {index}: {mib / 1024:.3g} GiB" for index, mib in used if mib > USED_MIB]
+        if full:
+            yield Verdict("GPU memory", name, "warn", f"in use already: {', '.join(full)}", "`nvidia-smi` names the processes; one "
+                          "that an earlier run left has to be ended")  # fmt: skip
+        elif facts.gpus:
+            yield Verdict("GPU memory", name, "ok", "free")
 
 
 def judge_drivers(case: Case) -> Iterator[Verdict]:

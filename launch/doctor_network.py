@@ -27,8 +27,8 @@ from launch.doctor_shared import try_folder
 
 CONNECT_S = 4.0
 PINGS = 5  # of which the quickest tells the clock best
-GATHER_S = 25.0  # that the slowest may come later than the first
-PAIRS_S = 30.0  # after which no further round of pairs begins
+GATHER_S = 20.0  # that the slowest may come later than the first
+PAIRS_S = 25.0  # after which no further round of pairs begins
 SIOCGIFADDR = 0x8915
 
 
@@ -212,8 +212,8 @@ def _reduce(meeting: Meeting, name: str, ranks: Sequence[int], peer: int | None,
 def reduce_and_time(group: Any, index: int, size: int, device: torch.device) -> tuple[float, str]:
     """GB/s as NCCL's tests count them, and what is wrong with the sum."""
     on_gpu = device.type == "cuda"
-    elements, times = (1 << 26, 10) if on_gpu else (1 << 20, 3)
-    pattern = torch.arange(elements, device=device).remainder_(1021).float()
+    elements, times = (1 << 27, 5) if on_gpu else (1 << 20, 3)
+    pattern = torch.arange(elements, device=device).remainder_(61).float()
     tensor = pattern * (index + 1)
     _all_reduce(group, tensor)
     wrong = (tensor != pattern * (size * (size + 1) // 2)).nonzero()  # whole numbers: any order of summation is exact
@@ -232,6 +232,7 @@ def reduce_and_time(group: Any, index: int, size: int, device: torch.device) -> 
 def _group(store: c10d.Store, index: int, size: int, device: torch.device) -> Any:
     """A process group that nothing else knows of: its failure ends nothing but itself."""
     if device.type == "cuda":
+        os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # who waits in vain gets an error; else a watchdog ends the process
         options = c10d.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=20)
         return c10d.ProcessGroupNCCL(store, index, size, options)

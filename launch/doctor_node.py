@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 import os
 import resource
 import shutil
@@ -15,16 +16,30 @@ from launch.doctor_facts import Asked, NodeFacts, Read, Space
 from launch.doctor_gpu import ask_nvidia_smi, cublas_version, run_gemms
 from launch.doctor_packages import installed
 
-SMI_TIMEOUT_S = 20.0
-GEMM_TIMEOUT_S = 40.0
+log = logging.getLogger(__name__)
+
+SMI_TIMEOUT_S = 10.0
+GEMM_TIMEOUT_S = 25.0
 PACKAGES = ("fw_train", "data_tools", "launch")
 
 
 def look_at_node(asked: Asked, local_rank: int | None) -> NodeFacts:
     """All facts of this machine; `local_rank` looks at its own GPU alone, None at all of them."""
+    log.debug("importing packages")
     packages = installed()
     devices, note = devices_here(local_rank, dict(packages.broken))
+    log.debug("asking nvidia-smi")
     gpus, smi_note = ask_nvidia_smi(SMI_TIMEOUT_S) if not note else ((), note)
+    log.debug("multiplying")
+    gemms = run_gemms(devices, GEMM_TIMEOUT_S)
+    reads = []
+    for path, read in (
+        *((path, read_dataset) for path in asked.datasets),
+        *((path, read_file) for path in asked.files),
+    ):
+        log.debug("reading %s", path)  # where a dead file system holds for ever whoever asks
+        reads.append(read(path))
+    log.debug("looking at %s and the code", asked.folder)
     own_name = socket.gethostname()
     return NodeFacts(
         own_name=own_name,
@@ -38,7 +53,7 @@ def look_at_node(asked: Asked, local_rank: int | None) -> NodeFacts:
         gpus=gpus,
         gpu_note=smi_note,
         cublas=cublas_version(),
-        gemms=run_gemms(devices, GEMM_TIMEOUT_S),
+        gemms=gemms,
         shm=space("/dev/shm") if Path("/dev/shm").is_dir() else None,
         disk=space(asked.folder),
         memory_free=free_memory(),
@@ -47,7 +62,7 @@ def look_at_node(asked: Asked, local_rank: int | None) -> NodeFacts:
         infiniband=infiniband(),
         environment=tuple((name, os.environ[name]) for name in asked.variables if name in os.environ),
         port_error=port_error(asked.port) if asked.port is not None else "",
-        reads=(*map(read_dataset, asked.datasets), *map(read_file, asked.files)),
+        reads=tuple(reads),
     )
 
 

@@ -5,7 +5,7 @@ import importlib.metadata
 import platform
 import sys
 from contextlib import redirect_stdout
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Package(NamedTuple):
@@ -46,6 +46,7 @@ def installed() -> Installed:
             with redirect_stdout(sys.stderr):  # what a package says of itself does not belong into a table
                 module = importlib.import_module(package.module)
             versions.append((package.distribution, _version(package, module)))
+            versions += _libraries(module) if package.module == "torch" else []
         except Exception as error:  # a package may fail in its own way: a missing library, another's version
             broken.append((package.distribution, f"{type(error).__name__}: {error}"))
     for package in OPTIONAL:
@@ -68,6 +69,13 @@ def print_imports() -> int:
         names = " ".join(name for name, _ in found.broken)
         print(f"cannot be imported: {names}; pip install -r requirements.txt")
     return 1 if found.broken else 0
+
+
+def _libraries(torch: Any) -> list[tuple[str, str]]:
+    """Of a CUDA build, what images replace without touching torch's own version."""
+    if torch.version.cuda is None:
+        return []
+    return [("cuda", torch.version.cuda), ("nccl", ".".join(map(str, torch.cuda.nccl.version())))]
 
 
 def _version(package: Package, module: object) -> str:

@@ -8,11 +8,11 @@ from launch import doctor_judge_node as node
 from launch.doctor_verdict import ORDER, Case, Status, Verdict
 
 CHECKS: tuple[Callable[[Case], Iterator[Verdict]], ...] = (
-    node.judge_answers, node.judge_code, node.judge_packages, node.judge_gpus, node.judge_drivers, node.judge_gemms,
-    node.judge_clocks, node.judge_ecc, node.judge_memory, node.judge_shm, node.judge_disk, node.judge_limits,
-    node.judge_infiniband, network.judge_own_names, network.judge_names, network.judge_environment, node.judge_reads,
-    network.judge_ports, network.judge_shared, network.judge_connections, network.judge_clocks_between,
-    network.judge_pairs, network.judge_whole,
+    node.judge_answers, node.judge_code, node.judge_packages,
+    node.judge_gpus, node.judge_gpu_memory, node.judge_drivers, node.judge_gemms, node.judge_clocks, node.judge_ecc,
+    node.judge_memory, node.judge_shm, node.judge_disk, node.judge_limits, node.judge_infiniband,
+    network.judge_own_names, network.judge_names, network.judge_environment, node.judge_reads, network.judge_ports,
+    network.judge_shared, network.judge_connections, network.judge_clocks_between, network.judge_pairs, network.judge_whole,
 )  # fmt: skip
 MARKS: dict[Status, str] = {"ok": "ok", "skip": "skip", "warn": "WARN", "fail": "FAIL"}
 NAMED_COLUMNS = 6  # above so many nodes, columns are numbered

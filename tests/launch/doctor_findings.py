@@ -8,13 +8,13 @@ from launch.doctor_table import judge
 from launch.doctor_verdict import Case
 
 GIB = 1 << 30
-# nvidia-smi --query-gpu=index,name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks_throttle_reasons.active,
+# nvidia-smi --query-gpu=index,name,driver_version,memory.total,memory.used,clocks.sm,clocks.max.sm,clocks_throttle_reasons.active,
 # ecc.mode.current,ecc.errors.uncorrected.volatile.total,temperature.gpu --format=csv,noheader,nounits
 TWO_H20 = """\
-0, NVIDIA H20, 550.127.08, 97871, 345, 1980, 0x0000000000000001, Enabled, 0, 31
-1, NVIDIA H20, 550.127.08, 97871, 1980, 1980, 0x0000000000000004, Enabled, 0, 62
+0, NVIDIA H20, 550.127.08, 97871, 14, 345, 1980, 0x0000000000000001, Enabled, 0, 31
+1, NVIDIA H20, 550.127.08, 97871, 14, 1980, 1980, 0x0000000000000004, Enabled, 0, 62
 """
-SMALL_CARD = "0, NVIDIA GeForce RTX 3090, 535.183.01, 24576, 210, 2100, 0x0000000000000001, [N/A], [N/A], 44\n"
+SMALL_CARD = "0, NVIDIA GeForce RTX 3090, 535.183.01, 24576, 633, 210, 2100, 0x0000000000000001, [N/A], [N/A], 44\n"
 
 
 def cpu_facts(number=1):

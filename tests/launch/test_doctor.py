@@ -98,6 +98,7 @@ def test_what_is_wrong_here_is_named(tmp_path, capsys, monkeypatch):
         (["missing.yaml"], "no configuration file missing.yaml"),
         (["--hostfile", "hosts"], "'-oProxyCommand=touch' is not a host name"),
         (["--hostfile", "nowhere"], "no hostfile nowhere"),
+        (["--json", "nowhere/out.json"], "there is no such folder"),
     ],
 )
 def test_usage(arguments, message, tmp_path, monkeypatch, capsys):

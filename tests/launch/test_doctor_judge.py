@@ -35,6 +35,10 @@ CASES = {
     "broken package": ({"broken": (("av", "ImportError: libx"),)}, "packages", "fail", "av cannot be imported", "pip"),
     "a GPU is gone": ({"gpus": GPUS[:1]}, "GPUs", "fail", "1 x NVIDIA H20; most nodes have 2 x NVIDIA H20", "xid"),
     "no GPU": ({"gpus": (), "gpu_note": "no nvidia-smi here"}, "GPUs", "fail", "no nvidia-smi here", "--gpus all"),
+    "left over": (
+        {"gpus": (replace(GPUS[0], used_mib=70_000.0), GPUS[1])},
+        "GPU memory", "warn", "GPU 0: 68.4 GiB", "an earlier run",
+    ),
     "other driver": (
         {"gpus": tuple(replace(gpu, driver="535.1") for gpu in GPUS)}, "driver", "warn", "535.1", "most nodes have 550.127.08",
     ),
@@ -155,6 +159,14 @@ def test_what_lies_between_nodes_is_named_too(network, check, status, found, rem
     assert remedy in wrong[check, "node2"][2]
 
 
+def test_pairs_for_which_time_was_short_are_told():
+    few = tuple(r for r in network_facts(1).reduced if r.peer != 2)
+    verdicts = judge(Case(changed(healthy(), 1, network={"reduced": few}), environment={"OMP_NUM_THREADS": "8"}))
+    (left,) = [v for v in verdicts if v.check == "all-reduce of two" and v.status == "skip"]
+    assert (left.node, left.found) == ("node2", "1 of 2 pairs in the time there is")
+    assert not failed(verdicts)
+
+
 def test_a_skew_within_the_round_trip_is_none():
     slow = (replace(network_facts(1).reached[0], offset_s=4.0, round_trip_s=7.0),)
     assert ill(changed(healthy(), 1, network={"reached": slow})) == {}
@@ -193,11 +205,11 @@ def test_alone_a_loopback_name_is_well():
 
 def test_nvidia_smi_is_read():
     first, second = parse_gpus(TWO_H20)
-    assert first == (type(first))(0, "NVIDIA H20", "550.127.08", 97871.0, 345.0, 1980.0, 1, "Enabled", 0, 31.0)
+    assert first == (type(first))(0, "NVIDIA H20", "550.127.08", 97871.0, 14.0, 345.0, 1980.0, 1, "Enabled", 0, 31.0)
     assert (second.index, second.slowed, second.temperature_c) == (1, 4, 62.0)
     (card,) = parse_gpus(SMALL_CARD)
     assert (card.name, card.ecc, card.uncorrected) == ("NVIDIA GeForce RTX 3090", None, None)
-    with pytest.raises(ValueError, match="10 values were asked for"):
+    with pytest.raises(ValueError, match="11 values were asked for"):
         parse_gpus("0, NVIDIA H20\n")
 
 
