@@ -232,7 +232,7 @@ def reduce_and_time(group: Any, index: int, size: int, device: torch.device) -> 
 def _group(store: c10d.Store, index: int, size: int, device: torch.device) -> Any:
     """A process group that nothing else knows of: its failure ends nothing but itself."""
     if device.type == "cuda":
-        os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # who waits in vain gets an error; else a watchdog ends the process
+        os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # or a watchdog ends the process of whoever waits in vain
         options = c10d.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=20)
         return c10d.ProcessGroupNCCL(store, index, size, options)
