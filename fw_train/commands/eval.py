@@ -146,6 +146,7 @@ def evaluate(
         judged.append(Judged(name, str(path), trained.info.stage, trained.info.step, metrics))
         if trained.info.stage != VIDEO_STAGE and output and world.rank == 0:
             scenes[name] = list(_scenes(settings, trained, parts[-1], world))
+        del trained  # two large networks at once may not fit
     with_labels = [part for part in parts if part.config.train.stage != VIDEO_STAGE]
     constant = _constant(settings.constant_clips, with_labels[0], terminal, world) if with_labels else {}
     terminal.close()

@@ -96,13 +96,13 @@ def mean_labels(
 
 
 def constant_for(means: dict[Size, Prediction], batch: Batch) -> Prediction:
-    """What the constant says about a clip."""
+    """What the constant says about a clip, on its device."""
     size = size_of(batch)
     if size not in means:
         raise ValueError(
             f"no training clip has the size {tuple(size)} (frames, height, width) of the held-out clip {batch.keys[0]}"
         )
-    return means[size]
+    return Prediction(*(None if part is None else part.to(batch.latents.device) for part in means[size]))
 
 
 def size_of(batch: Batch) -> Size:

@@ -23,42 +23,43 @@ POINTS = 4096  # of a clip; both ways 17 million distances
 
 
 class Metric(NamedTuple):
+    """docs/evaluation.md says what each one is."""
+
     name: str
     better: Literal["lower", "higher"]
-    what: str
 
 
 GEOMETRY = (
-    Metric("depth/absrel", "lower", "relative error of depth"),
-    Metric("depth/rmse", "lower", "depth error, scene scales"),
-    Metric("depth/delta1", "higher", "share of depths within a factor of 1.25"),
-    Metric("depth/absrel_aligned", "lower", "the same after scale and shift"),
-    Metric("depth/rmse_aligned", "lower", ""),
-    Metric("depth/delta1_aligned", "higher", ""),
-    Metric("depth/flicker", "lower", "change of the relative error from frame to frame"),
-    Metric("points/accuracy", "lower", "from predicted to true points, scene scales"),
-    Metric("points/completeness", "lower", "from true to predicted points"),
-    Metric("points/chamfer", "lower", "mean of the two"),
-    Metric("points/pixel", "lower", "from predicted points to the true ones of their pixels"),
-    Metric("points/accuracy_aligned", "lower", "the same after a similarity"),
-    Metric("points/completeness_aligned", "lower", ""),
-    Metric("points/chamfer_aligned", "lower", ""),
-    Metric("points/pixel_aligned", "lower", ""),
-    Metric("cameras/rotation_deg", "lower", "between pairs of frames"),
-    Metric("cameras/translation_deg", "lower", "direction, between pairs of frames"),
-    Metric("cameras/ate", "lower", "centres after a similarity, scene scales"),
-    Metric("cameras/auc30", "higher", "as VGGT reports it"),
-    Metric("cameras/auc30_signed", "higher", "with the sign of the movement"),
-    Metric("consistency/reprojection", "lower", "predicted depth by predicted cameras"),
-    Metric("consistency/coverage", "higher", "share of pixels that this could ask"),
-    Metric("consistency/reprojection_true_cameras", "lower", "predicted depth by true cameras"),
-    Metric("loss/depth", "lower", "as training validates it"),
-    Metric("loss/point", "lower", ""),
-    Metric("loss/camera", "lower", ""),
+    Metric("depth/absrel", "lower"),
+    Metric("depth/rmse", "lower"),
+    Metric("depth/delta1", "higher"),
+    Metric("depth/absrel_aligned", "lower"),
+    Metric("depth/rmse_aligned", "lower"),
+    Metric("depth/delta1_aligned", "higher"),
+    Metric("depth/flicker", "lower"),
+    Metric("points/accuracy", "lower"),
+    Metric("points/completeness", "lower"),
+    Metric("points/chamfer", "lower"),
+    Metric("points/pixel", "lower"),
+    Metric("points/accuracy_aligned", "lower"),
+    Metric("points/completeness_aligned", "lower"),
+    Metric("points/chamfer_aligned", "lower"),
+    Metric("points/pixel_aligned", "lower"),
+    Metric("cameras/rotation_deg", "lower"),
+    Metric("cameras/translation_deg", "lower"),
+    Metric("cameras/ate", "lower"),
+    Metric("cameras/auc30", "higher"),
+    Metric("cameras/auc30_signed", "higher"),
+    Metric("consistency/reprojection", "lower"),
+    Metric("consistency/coverage", "higher"),
+    Metric("consistency/reprojection_true_cameras", "lower"),
+    Metric("loss/depth", "lower"),
+    Metric("loss/point", "lower"),
+    Metric("loss/camera", "lower"),
 )
 DIFFUSION = (
-    Metric("diffusion/mean", "lower", "velocity error, mean of the ten ranges of the timestep"),
-    *(Metric(f"diffusion/{bin_name(index)}", "lower", "") for index in range(BINS)),
+    Metric("diffusion/mean", "lower"),
+    *(Metric(f"diffusion/{bin_name(index)}", "lower") for index in range(BINS)),
 )
 
 

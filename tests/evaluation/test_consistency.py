@@ -68,11 +68,11 @@ def test_only_what_both_frames_truly_see_is_asked():
 
 
 def test_a_slanted_plane_is_consistent_from_any_side():
-    """Depth of the plane n . x = 2 seen by cameras that turn and move; inverse depth is linear between pixels."""
+    """Depth of the plane n . x = 2 seen by cameras that turn, move and zoom; inverse depth is linear between pixels."""
     generator = torch.Generator().manual_seed(0)
     normal = torch.tensor([0.3, -0.2, 0.9], dtype=F64)
     frames, height, width = 5, 12, 16
-    fov = torch.full((frames,), 1.0, dtype=F64)
+    fov = torch.linspace(0.9, 1.1, frames, dtype=F64)
     angles = 0.06 * torch.randn(frames, 3, generator=generator, dtype=F64)
     x, y, z = angles.unbind(-1)
     zero = torch.zeros_like(x)

@@ -1,7 +1,9 @@
 """All metrics of a clip together: perfect, transformed, spoilt; and what labels do not say."""
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,7 +131,11 @@ def test_what_is_not_finite_scores_nan(clip):
     assert all(math.isnan(scores[name]) for name in ("depth/absrel", "points/chamfer_aligned", "cameras/ate"))
 
 
-def test_names_are_unique_and_two_words():
+def test_names_are_unique_and_the_documentation_has_them_all():
     names = [metric.name for metric in (*GEOMETRY, *DIFFUSION)]
     assert len(set(names)) == len(names)
-    assert all(name.count("/") == 1 for name in names)
+    documented = set(
+        re.findall(r"`([a-z]+/[\w-]+)`", (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text())
+    )
+    assert documented <= set(names)
+    assert set(names) - documented == {f"diffusion/t{n:03}0-{n + 10:03}0" for n in range(10, 90, 10)}
