@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fw_train.colours import depth_picture, depth_scale
+from fw_train.colours import DepthScale, depth_picture, depth_scale
 from fw_train.drawing import Picture, png_bytes
 from fw_train.pictures import Scene, camera_sheet
 from fw_train.report.charts import Series, line_chart
@@ -81,7 +81,7 @@ def summary_rows(histories: Sequence[History], constant: Mapping[str, float]) ->
 
 def table_text(rows: Sequence[Row]) -> str:
     """The summary for a terminal."""
-    lines = [("metric on held-out clips", "before", "after", "constant", "better than constant")]
+    lines: list[tuple[str, ...]] = [("metric on held-out clips", "before", "after", "constant", "better than constant")]
     for row in rows:
         lines.append((row.name, *(_figure(value) for value in row[1:]), _times(row)))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
@@ -133,14 +133,10 @@ def _clips(report: Report) -> Iterator[str]:
     for clip in report.clips:
         scale = depth_scale(clip.after.depth_true.astype(np.float32), clip.after.valid)
 
-        def coloured(seen: Scene, scale=scale) -> Picture:
-            known = np.isfinite(seen.depth_predicted) & (seen.depth_predicted > 0)
-            return depth_picture(seen.depth_predicted, known, scale)
-
         pictures = {
             "frame": clip.after.frame,
-            "before": coloured(clip.before),
-            "after": coloured(clip.after),
+            "before": _predicted(clip.before, scale),
+            "after": _predicted(clip.after, scale),
             "truth": depth_picture(clip.after.depth_true, clip.after.valid, scale),
         }
         figures = "".join(
@@ -155,6 +151,11 @@ def _clips(report: Report) -> Iterator[str]:
     for clip in report.clips[:4]:
         yield f"<figure>{_image(camera_sheet(clip.after), f'{clip.key}: camera path')}</figure>"
     yield "</div>"
+
+
+def _predicted(seen: Scene, scale: DepthScale) -> Picture:
+    known = np.isfinite(seen.depth_predicted) & (seen.depth_predicted > 0)
+    return depth_picture(seen.depth_predicted, known, scale)
 
 
 def _cloud(clip: Clip) -> str:
