@@ -31,7 +31,7 @@ from fw_train.inference import config_of, load_trained
 from fw_train.precision import PRECISIONS
 from fw_train.sampling.conditions import Shape, check_camera, check_image, conditions, padded_text, read_first_frame
 from fw_train.sampling.contact_sheet import contact_sheet
-from fw_train.sampling.encoders import EncoderChoice, RunEncoders, cached_text, embedded
+from fw_train.sampling.encoders import EncoderChoice, RunEncoders, cached_text
 from fw_train.sampling.generate import SamplerParams, decoded_frames, generate, predict_geometry
 from fw_train.sampling.guidance import Guidance
 from fw_train.sampling.outputs import Clip, new_folder, write_clip
@@ -143,7 +143,8 @@ def run(args: argparse.Namespace) -> int:
     config = config_of(args.checkpoint, info, args.config, args.overrides)
     wan = world_params(config).wan
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    shape = Shape(args.frames or config.data.frames, *(args.size or config.data.sizes_px[0]))
+    frames = config.data.frames if args.frames is None else args.frames
+    shape = Shape(frames, *(args.size or config.data.sizes_px[0]))
 
     # Whatever can be wrong with the inputs is found before the network is read, and one encoder is in memory at a time.
     shape.check()
@@ -162,9 +163,9 @@ def run(args: argparse.Namespace) -> int:
         dtype = PRECISIONS[args.precision or config.train.precision].compute
         generated = generate(trained.model, batch, texts.empty, params, dtype, report_steps(params))
         prediction = predict_geometry(trained.model, batch, generated, args.level, dtype, camera=args.show_camera)
-        frames = decoded_frames(codec, generated.latents)
+        pictures = decoded_frames(codec, generated.latents)
         record = describe(args, info, shape, params)
-        write_clip(folder, assemble(args, frames, prediction, trajectory, record))
+        write_clip(folder, assemble(args, pictures, prediction, trajectory, record))
     log.info(
         f"{args.output}: {shape.frames} frames of {shape.height}x{shape.width} in {time.monotonic() - started:.1f} s"
     )
@@ -190,12 +191,9 @@ def asked_motion(args: argparse.Namespace) -> tuple[Motion, float] | None:
 
 
 def read_texts(args: argparse.Namespace, config: Config, encoders: RunEncoders) -> Texts:
-    empty = encoders.empty_text()
-    wanted = empty
+    wanted, empty = encoders.texts(args.prompt)
     if args.text is not None:
         wanted = cached_text(args.text)
-    elif args.prompt is not None:
-        wanted = embedded(encoders.text(), args.prompt)
     tokens, features = config.data.text_tokens, config.model.text_dim
     return Texts(*(padded_text(text, tokens, features) for text in (wanted, empty)))
 

@@ -66,11 +66,15 @@ class RunEncoders:
             )
         return load_image_encoder(folder, self._device)
 
-    def empty_text(self) -> Tensor:
-        """The embedding [L, D] of the empty prompt."""
+    def texts(self, prompt: str | None) -> tuple[Tensor, Tensor]:
+        """Embeddings [L, D] of a prompt and of the empty one, which None stands for too; the encoder is let go again."""
+        stored = None
         if self._dataset is not None and not self._choice.text:
-            return read_empty_text(self._dataset).float()
-        return embedded(self.text(), "")
+            stored = read_empty_text(self._dataset).float()
+        if prompt is None and stored is not None:
+            return stored, stored
+        encoder = self.text()
+        return _embedded(encoder, prompt or ""), _embedded(encoder, "") if stored is None else stored
 
     def _facts(self, kind: str) -> Mapping[str, Any]:
         return Sidecar(self._dataset, kind).facts if self._dataset is not None else {}
@@ -100,13 +104,8 @@ class RunEncoders:
         if facts and found != dict(wanted):
             raise ValueError(
                 f"the encoder for `{kind}` is not the one of the run's data ({difference(wanted, found)}); give the Wan "
-                "folder that they were encoded with as --model DIR"
+                "folder that they were encoded with as --model DIR, or an embedding of the run as --text FILE"
             )
-
-
-def embedded(encoder: TextEncoder, prompt: str) -> Tensor:
-    """The embedding [L, D] of a prompt, rounded as those that the network was trained on."""
-    return encoder.encode([prompt])[0].to(DTYPES["text"]).float().cpu()
 
 
 def cached_text(path: Path) -> Tensor:
@@ -122,3 +121,8 @@ def _dataset(config: Config, given: Path | None) -> Dataset | None:
         return Dataset(given)
     places = [config.data.validation, *(source.path for source in config.data.sources)]
     return next((Dataset(place) for place in places if place and (Path(place) / MANIFEST).is_file()), None)
+
+
+def _embedded(encoder: TextEncoder, prompt: str) -> Tensor:
+    """Rounded as the embeddings that the network was trained on."""
+    return encoder.encode([prompt])[0].to(DTYPES["text"]).float().cpu()

@@ -10,7 +10,7 @@ from picture_motion import picture_motion
 from data_tools.scene_render import View, render_colour
 from data_tools.scenes import sample_scene, surfaces_at, views
 from fw_train.camera_files import CameraFileError, write_cameras
-from fw_train.geometry import RE10K_SIZE, Cameras, decode_pose9, invert_rigid
+from fw_train.geometry import RE10K_SIZE, Cameras, decode_pose9, intrinsics_px, invert_rigid
 from fw_train.sampling.trajectories import (
     camera_inputs,
     decoded_trajectory,
@@ -21,6 +21,12 @@ from fw_train.sampling.trajectories import (
 
 SIZE = (64, 96)
 FRACTIONS = square_pixels(torch.tensor(math.radians(45), dtype=torch.float64), SIZE)
+
+
+def test_pixels_are_square_and_the_field_of_view_is_vertical():
+    focal_px = SIZE[0] / 2 / math.tan(math.radians(22.5))
+    expected = torch.tensor((focal_px, focal_px, SIZE[1] / 2, SIZE[0] / 2), dtype=torch.float64)
+    torch.testing.assert_close(intrinsics_px(FRACTIONS, *SIZE), expected)
 
 
 def end_of(motion, amount, focus=1.0):
