@@ -30,6 +30,11 @@ class HostLost(NamedTuple):
     label: str
     how: str
 
+    @property
+    def broken(self) -> bool:
+        """Whether the connection itself ended, and not what it carried."""
+        return self.how.endswith("exit code 255") or "signal" in self.how
+
 
 class Other(NamedTuple):
     """What another program on a host, or pdsh or DeepSpeed here, says."""

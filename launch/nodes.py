@@ -35,6 +35,7 @@ from launch.sweep import MARK
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 FIRST_PORT, PORTS = 15_000, 17_000  # below the ports that systems hand out themselves
+SWEEP_S = 4  # to connect to a host that answered before, and may be the one that was lost
 NO_FOLDER, NO_PYTHON, NOT_SHARED = 41, 42, 43
 
 
@@ -50,6 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def launch_on(args: argparse.Namespace) -> int:
     """Everything from the hostfile to the exit code."""
     told = Told()
+    for tool in ("ssh", "pdsh"):
+        if shutil.which(tool) is None:
+            raise ValueError(f"{tool} is not installed here: apt-get install openssh-client pdsh")
     hosts = read_hostfile(args.hostfile)
     overrides = [f"train.stage={args.stage}", *args.overrides] if args.stage else list(args.overrides)
     config = load_config(args.config, overrides)
@@ -85,7 +89,7 @@ def launch_on(args: argparse.Namespace) -> int:
         )
         _sweep(names, launch.id, args.ssh_port)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)  # keepers on a host that was cut off see that the launch is over
         if told.names:
             (output / "stop").unlink(missing_ok=True)  # a run that ended otherwise has not seen it
     verdict = judge(launch, hosts, course)
@@ -171,7 +175,7 @@ def _sweep(names: Sequence[str], launch: str, port: int | None) -> None:
     """Ends what no keeper could end any more, and says where that could not be looked at."""
     time.sleep(0.5)  # keepers look five times a second
     line = f"cd {CHECKOUT} && {sys.executable} -m launch.sweep {launch}"
-    for answer in run_on_all(names, line, port):
+    for answer in run_on_all(names, line, port, connect_s=SWEEP_S):
         if answer.code:
             tell(f"processes of this launch may be left on a host: {explain(answer)}")
         elif answer.output:

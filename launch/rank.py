@@ -29,7 +29,8 @@ PIECE = 4096  # a pipe that takes anything takes this much at once
 
 
 def main(arguments: list[str]) -> int:
-    launch = read_launch(Path(arguments[0]))
+    file = Path(arguments[0])
+    launch = read_launch(file)
     rank = int(os.environ["RANK"])
     adopt_orphans()
     # DeepSpeed signals the ranks itself and gives them 30 s; they save and end, and this process after them.
@@ -40,7 +41,7 @@ def main(arguments: list[str]) -> int:
         log.write(f"---- launch {launch.id}, {datetime.now():%F %T}, on {socket.gethostname()}\n".encode())
         log.flush()
         written.seek(0, os.SEEK_END)
-        code, why = _keep(launch, rank, log, written)
+        code, why = _keep(file, launch, rank, log, written)
     end = Ended(rank, socket.gethostname(), code, why)
     _say(ended(launch.id, end), SAY_S)
     if rank == 0 and why:
@@ -48,7 +49,7 @@ def main(arguments: list[str]) -> int:
     return code if code >= 0 else 128 - code
 
 
-def _keep(launch: Launch, rank: int, log: BinaryIO, written: BinaryIO) -> tuple[int, str]:
+def _keep(file: Path, launch: Launch, rank: int, log: BinaryIO, written: BinaryIO) -> tuple[int, str]:
     """Runs the rank to its end; its code, and what ended it if that came from outside."""
     parent = os.getppid()
     child = subprocess.Popen(
@@ -65,6 +66,8 @@ def _keep(launch: Launch, rank: int, log: BinaryIO, written: BinaryIO) -> tuple[
             why = "DeepSpeed's launcher on this host has ended"
         elif _writable() is None:
             why = "the connection to the launcher has ended"
+        elif _gone(file):  # where the connection still seems to stand; see nodes.py
+            why = "the launch is over"
         if why:
             child.kill()
             break
@@ -77,6 +80,16 @@ def _keep(launch: Launch, rank: int, log: BinaryIO, written: BinaryIO) -> tuple[
         rest = _show(launch.id, rest + written.read())
         _show(launch.id, rest + b"\n" * bool(rest))
     return code, why
+
+
+def _gone(file: Path) -> bool:
+    try:
+        file.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:  # a file server that does not answer is no end of the launch
+        return False
+    return False
 
 
 def _as_rank() -> None:

@@ -17,20 +17,24 @@ class Answer(NamedTuple):
     output: str  # both streams
 
 
-def ssh_options(port: int | None) -> list[str]:
-    options = ["BatchMode=yes", f"ConnectTimeout={CONNECT_S}", *ALIVE]
+def ssh_options(port: int | None, connect_s: int = CONNECT_S) -> list[str]:
+    options = ["BatchMode=yes", f"ConnectTimeout={connect_s}", *ALIVE]
     return [word for option in options for word in ("-o", option)] + (["-p", str(port)] if port else [])
 
 
-def run_on_all(hosts: Sequence[str], command: str, port: int | None = None, timeout_s: float = 30.0) -> list[Answer]:
+def run_on_all(
+    hosts: Sequence[str], command: str, port: int | None = None, *, connect_s: int = CONNECT_S, timeout_s: float = 30.0
+) -> list[Answer]:
     """`command` is read by a shell on each host; hosts are names that `read_hostfile` let through."""
 
     def one(host: str) -> Answer:
-        line = ["ssh", *ssh_options(port), "-T", "--", host, command]
+        line = ["ssh", *ssh_options(port, connect_s), "-T", "--", host, command]
         try:
+            # In a session of its own: Ctrl-C is for the launcher alone.
             done = subprocess.run(
-                line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout_s
-            )
+                line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout_s,
+                start_new_session=True,
+            )  # fmt: skip
         except subprocess.TimeoutExpired:
             return Answer(host, 255, f"no answer within {timeout_s:g} s")
         return Answer(host, done.returncode, done.stdout.decode(errors="replace").strip())

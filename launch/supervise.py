@@ -18,6 +18,7 @@ from launch.outcome import Course
 
 GRACE_S = 6.0  # the ranks agree on what has failed, write it down and leave; then they are ended
 LEAVE_S = 30.0  # between the first rank that is done and the last one
+LOST_S = 1.0  # after a host is lost: the others can only wait for it
 TETHER_S = 3.0
 LOOK_S = 0.2
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -96,7 +97,9 @@ def supervise(
                 said.append(message.line)
                 continue
             events.append(message)
-            if isinstance(message, HostLost) or message.code:
+            if isinstance(message, HostLost) and message.broken:
+                end_by(LOST_S, f"not all had ended {LOST_S:g} s after a host was lost")
+            elif isinstance(message, HostLost) or message.code:
                 end_by(GRACE_S, f"not all had ended {GRACE_S:g} s after the first one failed")
             else:
                 end_by(LEAVE_S, f"not all had ended {LEAVE_S:g} s after the first one was done")

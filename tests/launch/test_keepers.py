@@ -128,6 +128,14 @@ def test_a_keeper_ends_its_rank_when_nobody_reads_any_more(tmp_path, mark):
     wait_until(lambda: family(mark) == [], "the rank outlives the connection")
 
 
+def test_a_keeper_ends_its_rank_when_the_launch_is_over(tmp_path, mark):
+    keeper = Keeper(tmp_path, mark, FAMILY + "sleep 60", rank=1)
+    keeper.wait_for_start()
+    (tmp_path / "launch.json").unlink()
+    *_, end = keeper.messages()
+    assert end.why == "the launch is over"
+
+
 def test_a_keeper_ends_its_rank_when_deepspeeds_launcher_is_killed(tmp_path, mark):
     keeper = Keeper(tmp_path, mark, FAMILY + "sleep 60", rank=1)
     keeper.wait_for_start()

@@ -177,3 +177,69 @@ def test_the_death_of_a_program_between_launcher_and_rank_ends_everything(hosts,
     if victim != "pdsh":
         assert "node2" in output
     assert read_status(run)["state"] == "failed"
+
+
+def test_a_second_signal_ends_a_run_that_does_not_stop(hosts, data, tmp_path):
+    """The ranks are stopped by the kernel's SIGSTOP: they cannot react to anything."""
+    run, two = tmp_path / "run", hosts[:2]
+    launched = Launched(two, run, long_run(tmp_path, data), slots=1)
+    launched.wait_for_step(1)
+    for host in two:
+        launched.kill(host, "-m fw_train.train", number=signal.SIGSTOP)
+    launched.kill(two[0], "-m launch.nodes", number=signal.SIGINT)
+    time.sleep(1)
+    assert (run / "stop").exists()
+    assert launched.process.poll() is None
+    launched.kill(two[0], "-m launch.nodes", number=signal.SIGINT)
+    code, output = launched.end()
+    assert code == 1, output
+    assert "SIGINT: the run stops after its step, saved; once more ends it at once" in output
+    assert "SIGINT, the second signal" in output
+    assert not (run / "stop").exists()
+    assert read_status(run)["state"] == "failed"
+
+
+def test_a_host_that_is_cut_off_ends_the_others_and_by_itself(hosts, data, tmp_path):
+    run, two = tmp_path / "run", hosts[2:]
+    launched = Launched(two, run, long_run(tmp_path, data), slots=1)
+    launched.wait_for_step(1)
+    inside = ("nsenter", "-t", str(two[1].init), "-n", "ip", "link", "set", "eth0")
+    subprocess.run([*inside, "down"], check=True)
+    try:
+        code, output = launched.end(25)  # 9 to 12 s pass before ssh gives a silent host up
+    finally:
+        subprocess.run([*inside, "up"], check=True)
+    assert code == 1, output
+    assert "host node4 (ranks 1): ssh exited with exit code 255" in output
+    assert "processes of this launch may be left on a host: node4" in output
+    assert read_status(run)["state"] == "failed"
+
+
+def test_a_wrong_key_and_a_host_that_is_off_are_named_before_anything_starts(hosts, data, tmp_path):
+    config = long_run(tmp_path, data)
+    keys = hosts[1].run("awk", "/AuthorizedKeysFile/ {print $2}", "/etc/ssh/sshd_config").stdout.strip()
+    (tmp_path / "hostfile").write_text("node1 slots=1\nnode2 slots=1\nnode9 slots=1\n10.77.0.99 slots=1\n")
+    hosts[1].run("mount", "--bind", "/dev/null", keys)  # as that host sees the file: it accepts no key
+    try:
+        done = hosts[0].run("bash", "launch/stage1.sh", tmp_path / "hostfile", "--config", config, check=False)
+    finally:
+        hosts[1].run("umount", keys)
+    assert done.returncode == 2, done
+    assert "3 of 4 hosts cannot take part; nothing was started" in done.stderr
+    assert "node2: root@node2: Permission denied (publickey).; the key is not accepted there" in done.stderr
+    assert "node9: ssh: Could not resolve hostname node9" in done.stderr
+    assert "10.77.0.99: ssh: connect to host 10.77.0.99 port 22: No route to host; the host is off" in done.stderr
+
+
+@pytest.mark.slow
+def test_fourteen_hosts_take_a_step(data, tmp_path):
+    """The shape of stage 2, with a slot a host; on two cores the start alone takes a minute."""
+    config = write_config(
+        tmp_path / "config.yaml", data, tmp_path / "run",
+        train={"steps": 1, "global_batch": 14}, guard={"first_step_s": 300, "hang_s": 100, "collective_s": 300},
+    )  # fmt: skip
+    with build_hosts(14, tmp_path / "rig") as hosts:
+        code, output = Launched(hosts, tmp_path / "run", config, slots=1).end(400)
+    assert code == 0, output
+    assert "14 hosts x 1 slot = 14 ranks; 14 ranks x micro batch 1 x 1 accumulation step = global batch 14" in output
+    assert "launch: finished at step 1" in output
