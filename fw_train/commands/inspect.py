@@ -39,21 +39,18 @@ def run(args: argparse.Namespace) -> int:
             bad = True
             continue
         entries.append(as_tree(found, args.keys))
-        damage = damage_of(found)
-        bad = bad or bool(damage)
+        bad = bad or is_damaged(found)
         if not args.json:
             print("\n".join(lines(found, args.keys)), end="\n\n" if path != args.paths[-1] else "\n")
-            for text in damage:
-                print(f"fw inspect: {text}", file=sys.stderr)
     if args.json:
         print(json.dumps(entries, indent=1))
     return int(bad)
 
 
-def damage_of(found: Weights | SavedState | Run) -> list[str]:
+def is_damaged(found: Weights | SavedState | Run) -> bool:
     if isinstance(found, Run):
-        return [text for saved in found.checkpoints for text in saved.damage]
-    return found.damage if isinstance(found, SavedState) else []
+        return any(saved.damage for saved in found.checkpoints)
+    return isinstance(found, SavedState) and bool(found.damage)
 
 
 def as_tree(found: Weights | SavedState | Run, keys: bool) -> dict[str, Any]:
