@@ -21,7 +21,8 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 # Packages of a distribution have no versions to pin: old ones vanish from its servers. Host keys that the ssh server's package makes
 # would be the same in every container: the entry point makes them. Recent Ubuntu images give number 1000 to a user of their own.
 # hadolint ignore=DL3008
-RUN apt-get update \
+RUN if [ "$USER_ID" = 0 ]; then echo "USER_ID=0: the image is not for root; give the number of another user" >&2; exit 1; fi \
+    && apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
         ca-certificates iproute2 openssh-client openssh-server pdsh python3 python3-venv tini \
     && apt-get clean && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* \
@@ -29,20 +30,22 @@ RUN apt-get update \
     && if ! getent group "$GROUP_ID"; then groupadd --gid "$GROUP_ID" fw; fi \
     && useradd --uid "$USER_ID" --gid "$GROUP_ID" --create-home --shell /bin/bash fw
 
+ENV PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /opt/fw_train
 RUN python3 -m venv .venv \
-    && .venv/bin/pip install --no-cache-dir ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "torch==$TORCH"
+    && .venv/bin/pip install ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} "torch==$TORCH"
 # What training and encoding need, in the versions of the tests; what stands behind "# checks" stays out.
 COPY requirements.txt ./
 RUN sed '/^# checks/,$d; /^torch==/d' requirements.txt > /tmp/requirements.txt \
-    && DS_BUILD_OPS=0 .venv/bin/pip install --no-cache-dir --requirement /tmp/requirements.txt \
+    && DS_BUILD_OPS=0 .venv/bin/pip install --requirement /tmp/requirements.txt \
     && rm /tmp/requirements.txt
 
 COPY . ./
 # Checkpoints and logs name the code they came from; an image has no repository to ask. The last line tells launch/venv.sh that
 # nothing is left to install.
 ARG REVISION=unknown
-RUN .venv/bin/pip install --no-cache-dir --no-deps --editable . \
+RUN .venv/bin/pip install --no-deps --editable . \
     && printf '%s\n' "$REVISION" > fw_train/revision.txt \
     && cp launch/docker/ssh_config /etc/ssh/ssh_config.d/fw.conf \
     && install --directory --owner="$USER_ID" --group="$GROUP_ID" data models outputs \
@@ -56,8 +59,8 @@ USER ${USER_ID}:${GROUP_ID}
 EXPOSE 2222
 # A node is well when a launch could log in.
 HEALTHCHECK --interval=60s --timeout=10s --start-period=10s \
-    CMD ["launch/docker/entrypoint.sh", "healthy"]
-ENTRYPOINT ["tini", "--", "launch/docker/entrypoint.sh"]
+    CMD ["/opt/fw_train/launch/docker/entrypoint.sh", "healthy"]
+ENTRYPOINT ["tini", "--", "/opt/fw_train/launch/docker/entrypoint.sh"]
 CMD ["node"]
 
 RUN fw doctor --import
