@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from fw_train.batch import LATENT_CHANNELS, latent_frames
+from fw_train.devices import peak_flops as peak_flops
 from fw_train.model.camera import POSE
 from fw_train.model.heads import DenseHeadParams
 from fw_train.model.wan import PATCH, WanParams
 from fw_train.model.world import WorldParams
-
-# Dense bf16, as the makers state it.
-PEAK_TFLOPS = {"H20": 148.0, "H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0}
 
 Flow = Literal[
     "forward", "input", "both"
@@ -121,14 +119,6 @@ def sample_flops(params: WorldParams, shape: Shape, stage: str, velocity: bool =
 
 def total_flops(parts: list[PartFlops]) -> float:
     return sum(part.forward + part.backward for part in parts)
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of a device by its name, or None for one that is not known."""
-    for name in sorted(PEAK_TFLOPS, key=len, reverse=True):
-        if name.lower() in device_name.lower():
-            return PEAK_TFLOPS[name] * 1e12
-    return None
 
 
 def _part(name: str, cost: Cost, flow: Flow, times: int = 1) -> PartFlops:
