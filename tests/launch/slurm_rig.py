@@ -107,9 +107,12 @@ class Cluster:
 
     def describe(self):
         """What a failed test should show."""
-        logs = [self.folder / "slurmctld.log", *sorted(self.folder.glob("slurmd.*.log"))]
-        ends = [f"--- {log}\n{log.read_text(errors='replace')[-1500:]}" for log in logs if log.exists()]
-        return "\n".join([self.run("squeue", "--states=all"), *ends])
+        return f"{self.run('squeue', '--states=all', check=False)}\n{self.logs()}"
+
+    def logs(self):
+        """The ends of the daemons' logs."""
+        found = [self.folder / "slurmctld.log", *sorted(self.folder.glob("slurmd.*.log"))]
+        return "\n".join(f"--- {log}\n{log.read_text(errors='replace')[-1500:]}" for log in found if log.exists())
 
 
 def missing_programs():
@@ -128,25 +131,49 @@ def build_cluster(count, folder):
             (folder / f"gpu{number}").touch()
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
         cluster = Cluster(hosts, folder)
-        conf = str(folder / "slurm.conf")
-        # The daemons live in the hosts' process namespaces and end with them.
+        with _daemons(cluster):
+            yield cluster
+
+
+@contextmanager
+def _daemons(cluster):
+    """Controller and slurmds; they live in the hosts' process namespaces and end with them."""
+    folder, processes = cluster.folder, []
+    try:
         with open(folder / "daemons.out", "wb") as out:
             streams = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out, "env": cluster.environment}
-            hosts[0].start("slurmctld", "-D", "-c", "-f", conf, start_new_session=True, **streams)
-            for host in hosts:
-                (folder / f"spool.{host.name}").mkdir()
-                host.start("slurmd", "-D", "-f", conf, start_new_session=True, **streams)
+            for host, program in [(cluster.hosts[0], "slurmctld -c"), *((host, "slurmd") for host in cluster.hosts)]:
+                (folder / f"spool.{host.name}").mkdir(exist_ok=True)
+                words = [*program.split(), "-D", "-f", folder / "slurm.conf"]
+                processes.append(host.start(*words, start_new_session=True, **streams))
         deadline = time.monotonic() + START_S
-        while _idle(cluster) != count:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{_idle(cluster)} of {count} nodes are idle\n{cluster.describe()}")
+        while True:
+            if time.monotonic() > deadline or any(process.poll() is not None for process in processes):
+                said = (folder / "daemons.out").read_text(errors="replace")[-1500:]
+                raise RuntimeError(f"the cluster did not start\n{said}\n{cluster.logs()}")
+            if _idle(cluster) == len(cluster.hosts):
+                break
             time.sleep(0.3)
-        yield cluster
+        yield
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
 
 
 def _idle(cluster):
-    done = cluster.hosts[0].run("sinfo", "-h", "-N", "-p", "main", "-t", "idle", check=False, env=cluster.environment)
-    return len(done.stdout.splitlines())
+    words = [
+        "timeout",
+        "2",
+        "sinfo",
+        "-h",
+        "-N",
+        "-p",
+        "main",
+        "-t",
+        "idle",
+    ]  # it would wait long for a dead controller
+    return len(cluster.run(*words, check=False).splitlines())
 
 
 @contextmanager
