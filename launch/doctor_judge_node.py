@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from fw_train.flops import peak_flops
+from fw_train.devices import peak_flops
 from launch.doctor_facts import Gemm, NodeFacts, Space
 from launch.doctor_verdict import Case, Verdict, bytes_text, usual
 from launch.remote import REMEDIES
@@ -13,6 +13,13 @@ SHM_WITH_GPUS, SHM_WITHOUT = GIB, 16 << 20  # NCCL's buffers between GPUs of a n
 OPEN_FILES = 4096
 USED_MIB = 4096  # of a GPU's memory: a few contexts, and what the doctor's other ranks take
 LEAST_OF_PEAK, LEAST_OF_OTHERS = 0.5, 0.85  # TFLOP/s
+# What the agent itself may have run into, before what ssh may.
+AGENT_REMEDIES = (
+    ("s: (reading|looking|importing)", "it hangs there: see on {host} whether that file system answers, and mount it anew"),
+    ("s: (multiplying|asking)", "it hangs there: `nvidia-smi` and `dmesg | grep -i xid` on {host}"),
+    ("did not come", "see what the launcher says of it, and try `fw doctor` on its node alone"),
+    ("code .*(No such file|No module named)", "checkout and virtual environment are needed under the same path on every node"),
+)  # fmt: skip
 H20_CUBLAS = (12, 4, 5, 8)
 # Bits of clocks_throttle_reasons that mean a machine in trouble; the others are idleness, settings and the power limit.
 SLOWED = {0x8: "hardware slowdown", 0x20: "software thermal", 0x40: "hardware thermal", 0x80: "power brake"}
@@ -23,7 +30,8 @@ def judge_answers(case: Case) -> Iterator[Verdict]:
         if node.facts is not None:
             yield Verdict("answers", node.name, "ok", "")
             continue
-        known = (remedy.format(host=node.name) for pattern, remedy in REMEDIES if re.search(pattern, node.trouble))
+        remedies = (*AGENT_REMEDIES, *REMEDIES)
+        known = (remedy.format(host=node.name) for pattern, remedy in remedies if re.search(pattern, node.trouble))
         otherwise = f"try `ssh {node.name} true`, and take it out of the hostfile until it answers"
         yield Verdict("answers", node.name, "fail", node.trouble, next(known, otherwise))
 

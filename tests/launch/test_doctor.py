@@ -10,16 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from doctor_findings import cpu_facts
 from tiny_training import make_data, write_config
 
 import launch
 from fw_train.cli import main
-from launch import doctor_node
+from fw_train.dist import Launch
+from launch import doctor_node, doctor_ranks
 from launch.doctor_facts import Asked
 from launch.doctor_gemm import relative_error
 from launch.doctor_gpu import _outcome, ask_nvidia_smi, run_gemms
 from launch.doctor_network import _group, reduce_and_time
 from launch.doctor_node import look_at_node, port_error, read_dataset, read_file, tree_hash
+from launch.doctor_ranks import NobodyThere, ask_ranks
 from processes import run_command
 
 ROOT = Path(launch.__file__).parent.parent
@@ -142,6 +145,19 @@ def test_two_ranks_of_one_node_are_one_column(tmp_path):
     assert "all-reduce of two" not in statuses(out)
 
 
+def test_a_rank_that_never_comes_is_named_and_one_without_a_first_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor_ranks, "START_S", 1.0)
+    monkeypatch.setattr(doctor_ranks, "STORE_S", 1.0)
+    monkeypatch.setattr(doctor_ranks, "look_at_node", lambda asked, own: cpu_facts())
+    first = Launch("torchrun or deepspeed", 0, 3, 0, 1, "127.0.0.1", 0)
+    nodes = ask_ranks(first, Asked(folder=str(tmp_path)))
+    assert [(node.name, node.trouble) for node in nodes] == [
+        ("node1", ""), ("rank 1", "did not come within 1 s"), ("rank 2", "did not come within 1 s"),
+    ]  # fmt: skip
+    with pytest.raises(NobodyThere, match="127.0.0.1:9, where ranks meet, cannot be used"):
+        ask_ranks(first._replace(rank=1, port=9), Asked())
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
 def test_a_node_that_differs_in_everything_is_told_apart(tmp_path):
     """Rank 1 has another package, a full /dev/shm, its own disk, another dataset and not every variable."""
@@ -157,8 +173,8 @@ def test_a_node_that_differs_in_everything_is_told_apart(tmp_path):
         if [ "$RANK" = 1 ]; then
             hostname other
             mount --make-rprivate /
-            mount -t tmpfs -o size=1M tmpfs /dev/shm
-            dd if=/dev/zero of=/dev/shm/full bs=64k count=15 status=none
+            mount -t tmpfs -o size=20M tmpfs /dev/shm
+            dd if=/dev/zero of=/dev/shm/full bs=1M count=8 status=none
             mount -t tmpfs tmpfs "$1/shared"
             mount -t tmpfs tmpfs "$1/packed"
             export PYTHONPATH="$1/shadow:$PYTHONPATH"

@@ -184,6 +184,23 @@ def test_a_node_without_an_answer_is_named_and_the_others_are_judged():
     assert "ssh node2 true" in alone["answers", "node2"][2]
 
 
+@pytest.mark.parametrize(
+    ("trouble", "remedy"),
+    [
+        ("no answer within 45 s: reading /data/train", "whether that file system answers"),
+        ("no answer within 45 s: multiplying", "dmesg"),
+        ("its agent ended with code 1: bash: line 1: cd: /work: No such file or directory", "under the same path"),
+        ("its agent ended with code 1: python: No module named launch", "under the same path"),
+        ("ssh failed: node2: Permission denied (publickey).", "ssh-copy-id node2"),
+        ("ssh failed: Host key verification failed.", "known_hosts"),
+        ("no answer within 45 s", "ping node2"),
+        ("did not come within 50 s", "on its node alone"),
+    ],
+)
+def test_why_a_node_gave_no_answer_decides_the_remedy(trouble, remedy):
+    assert remedy in ill([healthy()[0], Node("node2", trouble=trouble)])["answers", "node2"][2]
+
+
 def test_a_node_that_cannot_reach_the_meeting_point_is_a_matter_of_its_port():
     nodes = healthy()
     nodes[2] = replace(nodes[2], rank=None, network=NetworkFacts(-1, "", trouble="cannot reach node1:29500"))
