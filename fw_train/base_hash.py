@@ -24,16 +24,28 @@ def base_hash(checkpoint: CheckpointReader | str | Path, cached: bool = True) ->
     One tensor is in memory at a time. With `cached` the result is kept in the user's cache folder until a file changes.
     """
     reader = checkpoint if isinstance(checkpoint, CheckpointReader) else open_checkpoint(checkpoint)
-    stamps = [list(stamp) for stamp in reader.files]
-    place = os.path.realpath(reader.path)
-    if cached:
-        known = _read_cache(cache_path()).get(place)
-        if isinstance(known, dict) and known.get("files") == stamps and _is_hash(known.get("sha256")):
-            return known["sha256"]
+    known = known_base_hash(reader) if cached else None
+    if known is not None:
+        return known
     digest = _digest(reader)
     if cached:
-        _remember(cache_path(), place, {"files": stamps, "sha256": digest})
+        _remember(cache_path(), *_cache_key(reader), digest)
     return digest
+
+
+def known_base_hash(checkpoint: CheckpointReader | str | Path) -> str | None:
+    """The hash of a checkpoint that was hashed before and has not changed since; no weights are read."""
+    reader = checkpoint if isinstance(checkpoint, CheckpointReader) else open_checkpoint(checkpoint)
+    place, stamps = _cache_key(reader)
+    known = _read_cache(cache_path()).get(place)
+    if isinstance(known, dict) and known.get("files") == stamps and _is_hash(known.get("sha256")):
+        return known["sha256"]
+    return None
+
+
+def _cache_key(reader: CheckpointReader) -> tuple[str, list[list[Any]]]:
+    """Where a checkpoint lies, and the stamps of its files."""
+    return os.path.realpath(reader.path), [list(stamp) for stamp in reader.files]
 
 
 def cache_path() -> Path:
@@ -65,7 +77,8 @@ def _read_cache(path: Path) -> dict[str, Any]:
     return cache["hashes"]
 
 
-def _remember(path: Path, place: str, entry: dict[str, Any]) -> None:
+def _remember(path: Path, place: str, stamps: list[list[Any]], digest: str) -> None:
+    entry = {"files": stamps, "sha256": digest}
     cache = {"format": CACHE_FORMAT, "hashes": {**_read_cache(path), place: entry}}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,10 +18,9 @@ from fw_train.data.order import accumulation_steps
 from fw_train.devices import Device, device
 from fw_train.flops import Shape, sample_flops, total_flops
 from fw_train.plan_data import DataPlan, data_plan
-from fw_train.plan_memory import StepMemory, measure_step, meta_model
+from fw_train.plan_memory import StepMemory, measure_step, meta_network
 from fw_train.plan_shards import EngineMemory, Parameters, engine_memory, parameters_of, traffic_bytes
 from fw_train.precision import PRECISIONS
-from fw_train.stages import apply_stage, stage_rules
 
 NODE_GPUS = 8
 SPARE = 0.05  # of a GPU's memory: CUDA's and NCCL's own, cuBLAS's workspaces, fragmentation
@@ -134,8 +133,7 @@ def usable_bytes(chosen: Device) -> float:
 
 
 def planned_parameters(config: Config) -> Parameters:
-    model = meta_model(config)
-    groups = apply_stage(model, stage_rules(config.train.stage, config.train.gate_lr_scale))
+    model, groups = meta_network(config)
     return parameters_of(model, groups, config.train.precision)
 
 

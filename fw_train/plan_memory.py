@@ -5,6 +5,7 @@ Two kernels are stood in for, because the CPU's keep other tensors than a GPU's:
 pixels count as valid, which is the most that the losses can select from.
 """
 
+import logging
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from fw_train.config import Config
 from fw_train.model.world import FantasyWorldModel
 from fw_train.precision import PRECISIONS
 from fw_train.run_params import step_params
-from fw_train.stages import apply_stage, stage_rules
+from fw_train.stages import ParameterGroup, apply_stage, stage_rules
 from fw_train.step import train_step
 
 CLIP_TOKENS = 257
@@ -69,9 +70,19 @@ def measure_step(config: Config, mode: Mode, size_px: tuple[int, int]) -> StepMe
 
 def meta_model(config: Config) -> FantasyWorldModel:
     """The network without storage, with what the stage trains marked."""
+    return meta_network(config)[0]
+
+
+def meta_network(config: Config) -> tuple[FantasyWorldModel, list[ParameterGroup]]:
+    """The same and its optimiser groups."""
     model = on_meta(lambda: FantasyWorldModel(world_params(config)), PRECISIONS[config.train.precision].params)
-    apply_stage(model, stage_rules(config.train.stage, config.train.gate_lr_scale))
-    return model
+    rules_log = logging.getLogger("fw_train.stages")
+    before = rules_log.level
+    rules_log.setLevel(logging.WARNING)  # a plan looks at the network several times; the rules are news once at most
+    try:
+        return model, apply_stage(model, stage_rules(config.train.stage, config.train.gate_lr_scale))
+    finally:
+        rules_log.setLevel(before)
 
 
 def meta_batch(config: Config, samples: int, size_px: tuple[int, int]) -> Batch:

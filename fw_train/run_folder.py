@@ -143,6 +143,17 @@ def current_token(path: Path) -> str | None:
     return lease.token if lease else None
 
 
+def refusal(path: Path) -> str | None:
+    """Why a claim of this folder would be refused now, found without claiming it; None: it would not be."""
+    number = _last(path)
+    try:
+        if number:
+            _await_end(path, number, this_process())
+    except RunFolderBusy as error:
+        return str(error)
+    return None
+
+
 def _await_end(path: Path, number: int, here: Process) -> None:
     """Returns once the owner is known to be gone; RunFolderBusy as soon as it is known to live."""
     file = _file(path, number)

@@ -38,6 +38,7 @@ from fw_train.data.expand import expand_video
 from fw_train.data.loader import too_many
 from fw_train.data.order import Segment, accumulation_steps, change_global_batch
 from fw_train.dist import World
+from fw_train.dry_run import dry_run
 from fw_train.engine import StepStats, make_engine
 from fw_train.guards import SpikeGuard, Stragglers
 from fw_train.inference import write_config
@@ -96,11 +97,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="resume although this field, which changes the numbers, differs from the checkpoint's; may be repeated",
     )
+    parser.add_argument("--dry-run", action="store_true", help="check all that a start needs, and take no step")
+    parser.add_argument("--world", type=int, metavar="N", help="GPUs that --dry-run plays through (default 1)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Joins the other ranks, trains, and ends the process; what became of it stands in status.json."""
     config = read_config(args)
+    if args.dry_run:
+        return dry_run(config, args.allow_change, 1 if args.world is None else args.world)
+    if args.world is not None:
+        raise ValueError("--world belongs to --dry-run: a launcher says how many GPUs train")
     output, guard = Path(config.run.output), config.guard
     rank = dist.world_from_env(os.environ).rank
     _log_as(rank)
@@ -123,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
         if folder:
             folder.status(outcome.state, outcome.step, outcome.reason)
             folder.release()
-    dist.finish(world)
+    return dist.finish(world)
 
 
 def train(

@@ -4,6 +4,7 @@ import hashlib
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fw_train.data.manifest import ROWS, Dataset
@@ -70,6 +71,12 @@ class Sidecar:
             if tensor.shape != wanted:
                 raise ShardError(f"{where} is {list(tensor.shape)}, its bucket needs {list(wanted)}; {REMEDY}")
         return {self.kind: tensor}
+
+    def largest(self, without: NDArray[np.int64]) -> int:
+        """The row with the most bytes, some rows left out; looks through all rows."""
+        sizes = np.array(self._rows["size"])
+        sizes[without] = 0
+        return int(sizes.argmax())
 
     def close(self) -> None:
         self._files.close()

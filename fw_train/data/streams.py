@@ -129,6 +129,7 @@ def open_streams(sources: Sequence[SourceParams], params: LoaderParams) -> OpenS
         raise ValueError("there is no dataset to train on; list at least one under data.sources")
     opened = tuple(_open(source, params) for source in sources)
     _check_alike(opened)
+    _check_texts(opened, params.text_tokens)
     streams: list[Stream] = []
     rows: list[StreamRows] = []
     for number, (source, given) in enumerate(zip(opened, sources, strict=True)):
@@ -185,6 +186,22 @@ def _check_alike(sources: Sequence[Source]) -> None:
                 raise ValueError(
                     f"{first.folder} and {other.folder} were not made alike ({difference(wanted, found)}); encode one of them "
                     "again with --replace"
+                )
+
+
+def _check_texts(sources: Sequence[Source], tokens: int) -> None:
+    """Refuses a longest text that the network would not take: every sample like it would count as unreadable."""
+    for source in sources:
+        for sidecar in (s for s in source.sidecars if s.kind == "text"):
+            row = sidecar.largest(without=source.quarantined)
+            try:
+                found = len(sidecar.read(row)["text"])
+            except (ValueError, OSError):  # a damaged one is the loader's to replace
+                continue
+            if found > tokens:
+                raise ValueError(
+                    f"{sidecar.folder}: the text of {source.dataset.sample(row).key} has {found} tokens, data.text_tokens is "
+                    f"{tokens}; raise that"
                 )
 
 

@@ -381,7 +381,9 @@ def test_texts_that_are_longer_than_the_network_takes_are_refused(out):
     data = open_data(out, text_tokens=3)
     assert not data.sample_batch(0, [1], [0]).substituted
     make_sidecar(Dataset(out), "text", tensor=lambda kind, row, _: torch.zeros(4 if row == 1 else 2, 8))
-    with pytest.raises(ValueError, match="a text has 2 tokens, data.text_tokens is 1"):
+    with pytest.raises(ValueError, match=r"text: the text of a1 has 4 tokens, data.text_tokens is 3; raise that"):
+        open_data(out, text_tokens=3)
+    (out / "quarantine.jsonl").write_text('{"key": "a1", "fault": "manual", "detail": "wordy"}\n')
+    open_data(out, text_tokens=3)
+    with pytest.raises(ValueError, match="has 2 tokens, data.text_tokens is 1"):
         open_data(out, text_tokens=1)
-    ((key, reason),) = open_data(out, text_tokens=3).sample_batch(0, [1], [0]).substituted
-    assert (key, reason) == ("a1", "its text has 4 tokens, data.text_tokens is 3; raise that")
