@@ -51,6 +51,7 @@ class Clip(NamedTuple):
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder that takes its place once it is complete; the only thing it replaces is an earlier sample."""
+    path = path.resolve()
     if path.exists() and not (path / RECORD).is_file() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path} exists and holds no earlier sample ({RECORD}); give another --output")
     partial = path.with_name(f".{path.name}.partial")
