@@ -7,6 +7,7 @@ it. This process stands between: it ends the rank when its own parent has ended,
 which is what a broken connection looks like from here.
 """
 
+import contextlib
 import os
 import select
 import signal
@@ -114,7 +115,8 @@ def _say(line: str, wait_s: float) -> None:
             break
         time.sleep(LOOK_S)
     if writable:
-        os.write(sys.stdout.fileno(), line.encode()[:PIECE])
+        with contextlib.suppress(OSError):  # the reader may go at this very moment
+            os.write(sys.stdout.fileno(), line.encode()[:PIECE])
 
 
 def _writable() -> bool | None:
