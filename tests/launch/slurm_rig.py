@@ -87,7 +87,7 @@ class Cluster:
         state, _, reason = listed.partition("\n")[0].partition(" ")
         return state, reason
 
-    def until(self, job, *states, timeout_s=60):
+    def until(self, job, *states, timeout_s=120):
         """Returns the first of these states that the job is in."""
         deadline = time.monotonic() + timeout_s
         while (found := self.state(job))[0] not in states:
@@ -96,7 +96,7 @@ class Cluster:
             time.sleep(0.2)
         return found[0]
 
-    def start_now(self, job, timeout_s=60):
+    def start_now(self, job, timeout_s=120):
         """Lifts the two minutes that a requeued job would wait; returns when it runs again.
 
         All but three seconds: nodes refuse credentials of the second in which those of the start before were revoked.

@@ -23,6 +23,10 @@ SCONTROL = """#!/usr/bin/env bash
 [ "$1" = show ] && { printf '%s\\n' n1 n2 n3; exit; }
 printf '%s\\n' "$*" >> "$TRACE/scontrol"
 """
+SBATCH = """#!/usr/bin/env bash
+printf '%s\\n' "$FW_STAGE $*" >> "$TRACE/sbatch"
+echo 8
+"""
 
 
 @pytest.fixture
@@ -30,7 +34,7 @@ def shell(tmp_path):
     """Runs lines of bash behind common.sh in a job of three nodes: exit code, output, calls of srun, calls of scontrol."""
     programs = tmp_path / "bin"
     programs.mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("sbatch", SBATCH)):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "3", "SLURM_JOB_NODELIST": "n[1-3]", "SLURMD_NODENAME": "n1"}
@@ -167,6 +171,47 @@ def test_with_a_container_pyxis_is_told_what_to_mount(shell):
     _, output, _, _ = shell("on_all_tasks $python", TRAINER='printf "<%s>" "$@"')
     assert "container" not in output
     assert output.endswith("<.venv/bin/python>")
+
+
+PROMOTE = """if [[ "$*" == *" promote "* ]]; then
+    [ -z "$NOT_READY" ] || { echo "the depth loss is 3" >&2; exit 1; }
+    echo somewhere/step-9.safetensors
+    exit
+fi
+"""
+
+
+@pytest.mark.parametrize("not_ready", ["", "yes"])
+def test_stage_2_trains_from_what_is_promoted_and_not_at_all_where_nothing_is(shell, tmp_path, not_ready):
+    run = tmp_path / "run"
+    environment = {"FW_STAGE1": "my/stage1", "FW_MARKS": "--depth 1 --step 9", "NOT_READY": not_ready}
+    lines = f". launch/slurm/stage2.sbatch run.output={run} train.steps=5"
+    code, output, srun, _ = shell(lines, TRAINER=PROMOTE + says(run, "finished"), **environment)
+    promote, *training = srun.splitlines()
+    assert promote.endswith("-m fw_train.cli promote my/stage1 --depth 1 --step 9")
+    if not_ready:
+        assert (code, training) == (1, [])
+        assert "the depth loss is 3" in output
+        assert "stage 2 does not start" in output
+    else:
+        assert code == 0
+        assert len(training) == 1
+        assert training[0].endswith(f"weights.init_from=somewhere/step-9.safetensors run.output={run} train.steps=5")
+
+
+def test_the_demos_first_start_alone_hands_in_stage_2(shell, tmp_path):
+    run = tmp_path / "stage1"
+    partition = {"SLURM_JOB_PARTITION": "big", "SLURM_JOB_NUM_NODES": "3", "SLURM_NTASKS_PER_NODE": "1"}
+    environment = {"FW_DEMO": str(tmp_path), "TRAINER": says(run, "finished"), **partition}
+    lines = ". launch/slurm/demo.sbatch data.sources=[] train.steps=5"
+    assert shell(lines, **environment)[0] == 0
+    words = (tmp_path / "sbatch").read_text()
+    assert words.startswith("stage2 ")
+    assert words.endswith("launch/slurm/demo.sbatch data.sources=[] train.steps=5\n")
+    assert {"--dependency=afterok:7", "--partition=big", "--nodes=3", "--ntasks-per-node=1"} <= set(words.split())
+    (tmp_path / "sbatch").unlink()
+    assert shell(lines, SLURM_RESTART_COUNT="1", **environment)[0] == 0
+    assert not (tmp_path / "sbatch").exists()
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
