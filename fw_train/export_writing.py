@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from fw_train.atomic_files import PARTIAL, new_file, sync, write_file
 from fw_train.export import Export, ExportedTensor
-from fw_train.safetensors_writing import Described, header, tensor_bytes
+from fw_train.safetensors_writing import Described, write_streamed
 
 SHARD_BYTES = 5_000_000_000
 STEMS = {"original": "model", "diffusers": "diffusion_pytorch_model"}
@@ -118,18 +118,15 @@ def split(tensors: Sequence[ExportedTensor], shard_bytes: int) -> list[list[Expo
 
 
 def _write_file(path: Path, tensors: Sequence[ExportedTensor], metadata: Mapping[str, str]) -> WrittenFile:
+    described = {tensor.name: Described(tensor.info.dtype, tensor.info.shape) for tensor in tensors}
     digest = hashlib.sha256()
-    start = header({tensor.name: Described(tensor.info.dtype, tensor.info.shape) for tensor in tensors}, metadata)
-    size = len(start)
     with new_file(path) as file:
-        file.write(start)
-        digest.update(start)
-        for tensor in tensors:
-            data = tensor_bytes(tensor.read())
+
+        def write(data: memoryview) -> None:
             file.write(data)
             digest.update(data)
-            size += len(data)
-            del data  # before the next is read
+
+        size = write_streamed(write, described, (tensor.read() for tensor in tensors), metadata)
     return WrittenFile(path, size, digest.hexdigest())
 
 

@@ -14,8 +14,6 @@ from fw_train.checkpoint_layout import MANIFEST, checkpoints_folder, open_checkp
 from fw_train.run_folder import read_status
 from fw_train.weights import PATCH_WEIGHT, map_names
 
-CHUNK_BYTES = 4 << 20
-
 
 class ModuleRow(NamedTuple):
     """Tensors of a module; numbered ones such as blocks together."""
@@ -142,11 +140,8 @@ def module_of(key: str) -> str:
 
 
 def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while data := file.read(CHUNK_BYTES):
-            digest.update(data)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _kind(reader: CheckpointReader, wan: bool) -> str:

@@ -5,7 +5,7 @@ The format's own library serialises in one call that holds Python's lock: traini
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -49,14 +49,25 @@ def write_safetensors(
 ) -> int:
     """Hands the bytes of a file to `write`, at most 4 MiB at a time; returns their number."""
     described = {name: Described(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return write_streamed(write, described, tensors.values(), metadata)
+
+
+def write_streamed(
+    write: Callable[[memoryview], object],
+    described: Mapping[str, Described],
+    tensors: Iterable[Tensor],
+    metadata: Mapping[str, str],
+) -> int:
+    """The same for tensors that come one by one, in the order in which they are described."""
     start = header(described, metadata)
     write(memoryview(start))
     total = len(start)
-    for tensor in tensors.values():
+    for tensor in tensors:
         data = tensor_bytes(tensor.detach().contiguous().cpu())
         for offset in range(0, len(data), PIECE_BYTES):
             write(data[offset : offset + PIECE_BYTES])
         total += len(data)
+        del tensor, data  # before the next one comes
     return total
 
 
