@@ -123,7 +123,7 @@ def _facts(line: Line, asked: Asked) -> Node:
 
 def _meet(lines: Sequence[Line], nodes: dict[str, Node], port: int) -> None:
     """Adds what the nodes see of each other."""
-    if len(lines) < 2:
+    if not lines:
         return
     first, *others = lines
     try:

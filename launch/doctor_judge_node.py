@@ -258,6 +258,7 @@ def _judge_gemm(node: str, gemm: Gemm, cublas: str, usual_speed: float) -> Verdi
     if gemm.error:
         version = f" (cuBLAS {cublas})" if cublas else ""
         remedy = "try another version of cuBLAS (`pip install -U nvidia-cublas-cu12`) and, if it stays, another GPU"
+        remedy = "see what else keeps the processors busy (`top`)" if gemm.device == "cpu" else remedy
         return Verdict(check, node, "fail", f"{gemm.device}: {gemm.error}{version}", remedy)
     assert gemm.tflops is not None
     told = f"{gemm.tflops:.3g} TFLOP/s on {gemm.name}"

@@ -59,7 +59,10 @@ def ask_ranks(launch: Launch, asked: Asked) -> list[Node] | None:
     looks = _who_came(everybody) if launch.rank == 0 else {}
     if launch.rank == 0:
         everybody.put("members", [list(looks), [rank for rank, look in looks.items() if "facts" in look]])
-    ranks, leaders = everybody.get("members", 0, 2 * START_S)
+    try:
+        ranks, leaders = everybody.get("members", 0, 2 * START_S)
+    except Missing as missing:
+        raise NobodyThere(f"{missing}; rank 0 says why") from missing
     if launch.rank not in ranks:
         raise NobodyThere(f"rank {launch.rank} came more than {START_S:.0f} s after rank 0, which went on without it")
     found = look_at_network(Meeting(store, launch.rank, ranks, leaders), asked.folder, _device(own))

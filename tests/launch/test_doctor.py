@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as c10d
 from doctor_findings import cpu_facts
 from tiny_training import make_data, write_config
 
@@ -19,7 +20,7 @@ from fw_train.dist import Launch
 from launch import doctor_node, doctor_ranks
 from launch.doctor_facts import Asked
 from launch.doctor_gemm import relative_error
-from launch.doctor_gpu import _outcome, ask_nvidia_smi, run_gemms
+from launch.doctor_gpu import GEMM_MARK, _outcome, ask_nvidia_smi, run_gemms
 from launch.doctor_network import _group, reduce_and_time
 from launch.doctor_node import look_at_node, port_error, read_dataset, read_file, tree_hash
 from launch.doctor_ranks import NobodyThere, ask_ranks
@@ -33,6 +34,7 @@ FW = [sys.executable, "-m", "fw_train.cli"]
 def _no_launcher(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(doctor_node, "GEMM_TIMEOUT_S", 200.0)  # machines that run tests are busy
 
 
 def statuses(path, node=None):
@@ -156,6 +158,9 @@ def test_a_rank_that_never_comes_is_named_and_one_without_a_first_says_so(tmp_pa
     ]  # fmt: skip
     with pytest.raises(NobodyThere, match="127.0.0.1:9, where ranks meet, cannot be used"):
         ask_ranks(first._replace(rank=1, port=9), Asked())
+    store = c10d.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)  # of a rank 0 that says nothing
+    with pytest.raises(NobodyThere, match="rank 0 did not come to `members`"):
+        ask_ranks(first._replace(rank=1, port=store.port), Asked())
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting needs root")
@@ -203,9 +208,12 @@ def test_a_product_that_crashes_or_hangs_is_a_finding():
     die = [sys.executable, "-c", f"import os; os.kill(os.getpid(), {int(signal.SIGFPE)})"]
     child = subprocess.Popen(die, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert _outcome("cuda:0", child, 20).error == "killed by signal 8: it said nothing"
+    told = f'print(\'{GEMM_MARK}{{"name": "x", "tflops": 1.0}}\', flush=True)'
+    child = subprocess.Popen([*die[:2], f"{told}; {die[2]}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert _outcome("cuda:0", child, 20).error.startswith("killed by signal 8")  # whatever it said before
     late = subprocess.Popen(["sleep", "30"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert _outcome("cuda:0", late, 0.2).error == "no result within 0.2 s"
-    assert late.poll() is not None
+    assert late.returncode == -signal.SIGKILL
     if not torch.cuda.is_available():
         (gemm,) = run_gemms(["cuda:0"], 30)
         assert "ended with 1: " in gemm.error
@@ -234,6 +242,11 @@ def test_what_is_read_is_told(tmp_path):
     assert read_file(str(tmp_path)).found == "2 files, 7 bytes"
     assert read_file(str(tmp_path / "none")).error.endswith("none: No such file or directory")
     assert "manifest.jsonl is missing" in read_dataset(str(tmp_path)).error
+    data = make_data(tmp_path, clips=2)
+    assert read_dataset(str(data)).found.startswith("2 samples, manifest ")
+    for tar in data.glob("*.tar"):
+        tar.unlink()  # a manifest alone trains nothing
+    assert ".tar" in read_dataset(str(data)).error
 
 
 def test_a_changed_file_changes_the_code(tmp_path, monkeypatch):
@@ -261,8 +274,6 @@ def test_a_gpu_multiplies_reduces_and_is_described():
     (gemm,) = run_gemms(["cuda:0"], 40)
     assert gemm.error == ""
     assert gemm.tflops > 1
-    import torch.distributed as c10d
-
     device = torch.device("cuda:0")
     assert reduce_and_time(_group(c10d.HashStore(), 0, 1, device), 0, 1, device)[1] == ""
     facts = look_at_node(Asked(), None)
