@@ -66,15 +66,14 @@ def _failure(
     where = f"the run failed at step {status.step}" if status else "the run failed before it owned its folder"
     own = f"\n{where}: {status.reason}" if status and status.state == "failed" else f"\n{where}"
     if not bad:
-        said = "".join(f"\n    {line}" for line in course.said[-LINES:])
-        return f"{course.ended_for or 'DeepSpeed or pdsh ended before the ranks'}; last words:{said}{own}"
+        return f"{course.ended_for or 'DeepSpeed or pdsh ended before the ranks'}{_said(course)}{own}"
     first = bad[0]
     named = re.search(r"\brank (\d+)\b", status.reason) if status and status.state == "failed" else None
     if named and isinstance(first, Ended) and first.code > 0 and not first.why:
         # Ranks leave in any order when one has failed; the run itself knows which one it was.
         first = next((one for one in bad if isinstance(one, Ended) and one.rank == int(named.group(1))), first)
     ranks = [first.rank] if isinstance(first, Ended) else ranks_of(hosts, first.label)
-    said = "".join(f"\n    {line}" for line in course.said[-LINES:])
+    said = _said(course)
     for rank in ranks:
         path = log_file(Path(launch.output), rank)
         lines = last_lines(path, launch.id)
@@ -101,6 +100,12 @@ def last_lines(path: Path, launch: str, count: int = LINES) -> list[str]:
     except FileNotFoundError:
         return []
     return text.rpartition(f"---- launch {launch}")[2].splitlines()[1:][-count:]
+
+
+def _said(course: Course) -> str:
+    """What DeepSpeed, pdsh and shells said, where no rank could."""
+    lines = course.said[-LINES:]
+    return "\nlast words:" + "".join(f"\n    {line}" for line in lines) if lines else ""
 
 
 def _event(event: Ended | HostLost, ranks: Sequence[int] = ()) -> str:

@@ -94,6 +94,11 @@ def missing_programs():
     lacking = [name for name in NEEDED if shutil.which(name) is None]
     if os.geteuid() != 0:
         lacking.append("root")
+    elif (
+        not lacking
+        and subprocess.run(["unshare", "-n", "-u", "-p", "-m", "-f", "true"], capture_output=True).returncode
+    ):
+        lacking.append("leave to make namespaces (a container needs CAP_SYS_ADMIN and CAP_NET_ADMIN)")
     return lacking
 
 
