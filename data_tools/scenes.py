@@ -85,7 +85,7 @@ class Scene(NamedTuple):
     objects: tuple[SceneObject, ...]
     light: Light
     path: CameraPath
-    fov_rad: float  # across the shorter side of the pictures
+    fov_y_rad: float  # the same for both orientations, so that a network need not tell them apart to know it
     place: str
 
 
@@ -98,7 +98,7 @@ def sample_scene(seed: int, index: int, moving: float, sky: float) -> Scene:
     path = sample_path(rng)
     surroundings, light, place = _sample_surroundings(rng, kind, path.azimuth_rad)
     objects = _sample_objects(rng, moves, path.azimuth_rad)
-    return Scene(surroundings, objects, light, path, math.radians(rng.uniform(40, 50)), place)
+    return Scene(surroundings, objects, light, path, math.radians(rng.uniform(42, 52)), place)
 
 
 def surfaces_at(scene: Scene, progress: float, seconds: float) -> list[Surface]:
@@ -109,7 +109,7 @@ def surfaces_at(scene: Scene, progress: float, seconds: float) -> list[Surface]:
 
 def views(scene: Scene, frames: int, fps: float, height: int, width: int) -> list[View]:
     """The camera of every frame."""
-    focal_px = min(height, width) / (2 * math.tan(scene.fov_rad / 2))
+    focal_px = height / (2 * math.tan(scene.fov_y_rad / 2))
     return [View(pose, focal_px, height, width) for pose in stage_from_cam(scene.path, frames, fps)]
 
 
