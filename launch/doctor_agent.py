@@ -23,7 +23,7 @@ from launch.doctor_node import look_at_node
 
 FACTS, STORE, JOINED, NETWORK = "fw-doctor-facts ", "fw-doctor-store ", "fw-doctor-joined ", "fw-doctor-network "
 LIMIT_S = 130
-STORE_S = 12
+STORE_S = 8
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from launch.remote import ssh_options
 
 R = TypeVar("R")
 
-LOOK_S, MEET_S, NETWORK_S = 45.0, 15.0, 45.0  # together two minutes, meeting being two steps
+LOOK_S, MEET_S, NETWORK_S = 60.0, 10.0, 40.0  # together two minutes, meeting being two steps
 TOLD = 400  # characters of what a node said last
 
 

@@ -15,7 +15,8 @@ USED_MIB = 4096  # of a GPU's memory: a few contexts, and what the doctor's othe
 LEAST_OF_PEAK, LEAST_OF_OTHERS = 0.5, 0.85  # TFLOP/s
 # What the agent itself may have run into, before what ssh may.
 AGENT_REMEDIES = (
-    ("s: (reading|looking|importing)", "it hangs there: see on {host} whether that file system answers, and mount it anew"),
+    ("s: importing", "the file system of the virtual environment is slow or has gone; a second try finds what it read"),
+    ("s: (reading|looking)", "it hangs there: see on {host} whether that file system answers, and mount it anew"),
     ("s: (multiplying|asking)", "it hangs there: `nvidia-smi` and `dmesg | grep -i xid` on {host}"),
     ("did not come", "see what the launcher says of it, and try `fw doctor` on its node alone"),
     ("code .*(No such file|No module named)", "checkout and virtual environment are needed under the same path on every node"),

@@ -28,7 +28,7 @@ from launch.doctor_shared import try_folder
 CONNECT_S = 4.0
 PINGS = 5  # of which the quickest tells the clock best
 GATHER_S = 20.0  # that the slowest may come later than the first
-PAIRS_S = 25.0  # after which no further round of pairs begins
+PAIRS_S = 20.0  # after which no further round of pairs begins
 SIOCGIFADDR = 0x8915
 
 

@@ -18,8 +18,8 @@ from launch.doctor_gpu import run_gemms
 from launch.doctor_network import Meeting, Missing, look_at_network
 from launch.doctor_node import GEMM_TIMEOUT_S, devices_here, look_at_node
 
-START_S = 50.0  # that ranks may need for looking at their nodes
-NETWORK_S = 45.0
+START_S = 60.0  # that ranks may need for looking at their nodes
+NETWORK_S = 40.0
 
 
 class NobodyThere(RuntimeError):

@@ -189,6 +189,7 @@ def test_a_node_without_an_answer_is_named_and_the_others_are_judged():
     [
         ("no answer within 45 s: reading /data/train", "whether that file system answers"),
         ("no answer within 45 s: multiplying", "dmesg"),
+        ("no answer within 60 s: importing packages", "a second try"),
         ("its agent ended with code 1: bash: line 1: cd: /work: No such file or directory", "under the same path"),
         ("its agent ended with code 1: python: No module named launch", "under the same path"),
         ("ssh failed: node2: Permission denied (publickey).", "ssh-copy-id node2"),
