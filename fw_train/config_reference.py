@@ -9,7 +9,7 @@ import tokenize
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fw_train.config import Config, SourceConfig, to_tree
+from fw_train.config import Config, SourceConfig
 
 HEAD = """\
 # Configuration
@@ -53,15 +53,12 @@ def reference() -> str:
 def sections() -> list[Section]:
     """Sections in the order of a file; the entries of `data.sources` follow their section."""
     classes = _documented_classes(Path(inspect.getfile(Config)))
-    defaults = to_tree(Config())
     found: list[Section] = []
     for section in dataclasses.fields(Config):
         assert isinstance(section.default_factory, type)
-        found.append(
-            _section(section.name, f"{section.name}.", section.default_factory, classes, defaults[section.name])
-        )
+        found.append(_section(section.name, f"{section.name}.", section.default_factory, classes))
         if section.name == "data":
-            found.append(_section("data.sources", "", SourceConfig, classes, {}))
+            found.append(_section("data.sources", "", SourceConfig, classes))
     return found
 
 
@@ -71,12 +68,11 @@ class _Documented(NamedTuple):
     comments: dict[str, str]
 
 
-def _section(name: str, prefix: str, cls: type, classes: dict[str, _Documented], defaults: dict[str, Any]) -> Section:
+def _section(name: str, prefix: str, cls: type, classes: dict[str, _Documented]) -> Section:
     documented = classes[cls.__name__]
     fields = []
     for field in dataclasses.fields(cls):
-        default = defaults.get(field.name, field.default)
-        shown = "must be given" if default is dataclasses.MISSING else f"`{_yaml(default)}`"
+        shown = "must be given" if field.default is dataclasses.MISSING else f"`{_yaml(field.default)}`"
         kind = _kind(documented.types[field.name])
         fields.append(Field(prefix + field.name, kind, shown, _sentence(documented.comments.get(field.name, ""))))
     return Section(name, documented.doc, fields)
