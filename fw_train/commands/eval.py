@@ -191,6 +191,8 @@ def _check(args: argparse.Namespace, checkpoints: Sequence[Path], data: Path) ->
         least = 1 if name == "clips" else 0
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least {least}")
+    if args.output:
+        args.output.mkdir(parents=True, exist_ok=True)  # a place that cannot be written to is told before the work
 
 
 def _start() -> World:

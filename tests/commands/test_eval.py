@@ -135,13 +135,16 @@ def test_the_same_command_again_writes_the_same(tmp_path, data, checkpoints, cap
     assert "diffusion" not in out
 
 
-def test_json_and_no_training_data(data, checkpoints, capsys):
-    words = [checkpoints[1], data, "--clips", 1, "--json", "--no-diffusion", "data.sources=[{path: /nowhere}]"]
+def test_json_and_no_training_data(tmp_path, data, checkpoints, capsys):
+    output = ["--output", tmp_path / "new" / "place", "--pictures", 0]
+    words = [checkpoints[1], data, "--clips", 1, "--json", "--no-diffusion", *output]
+    words.append(f"data.sources=[{{path: {tmp_path}/nowhere}}]")
     assert main(["eval", *map(str, words)]) == 0
     tree = json.loads(capsys.readouterr().out)
     assert tree["constant"] == {}
     assert set(tree["checkpoints"][0]["metrics"]) == ALL_GEOMETRY
     assert tree["pictures"] == []
+    assert json.loads((tmp_path / "new" / "place" / "eval.json").read_text()) == tree
 
 
 def test_one_clip_is_its_own_best_constant(tmp_path, capsys):
@@ -162,6 +165,7 @@ def test_one_clip_is_its_own_best_constant(tmp_path, capsys):
         (["{one}", "{one}", "{data}"], "a checkpoint is named twice"),
         (["{one}", "{data}", "--level", "1.5"], "--level 1.5 must lie between 0 and 1"),
         (["{one}", "{data}", "--clips", "0"], "--clips 0 must be at least 1"),
+        (["{one}", "{data}", "--output", "{one}"], "File exists"),
     ],
 )
 def test_wrong_words_are_refused_before_anything_is_loaded(words, message, data, checkpoints, capsys):

@@ -66,6 +66,7 @@ def angle_deg(a, b, *, signed=True):
 def test_errors_are_those_of_a_histogram_over_all_pairs():
     true, predicted = random_path(0), random_path(0)
     predicted[:, :3, 3] += 0.15 * random_path(1)[:, :3, 3]
+    predicted[:, :3, :3] @= torch.stack([turned((0, 0, 1), frame * frame / 8) for frame in range(9)])
     rotations, translations, worst = [], [], []
     for i in range(9):
         for j in range(i + 1, 9):
