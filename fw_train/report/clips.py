@@ -9,10 +9,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fw_train.batch import Prediction
 from fw_train.build import load_model, world_params
 from fw_train.config import Config
 from fw_train.data.expand import expand_video
+from fw_train.evaluation.consistency import square_intrinsics_px
 from fw_train.evaluation.scenes import scene
+from fw_train.geometry import decode_pose9, unproject
 from fw_train.inference import load_trained
 from fw_train.pictures import Scene
 from fw_train.precision import PRECISIONS
@@ -26,6 +29,7 @@ class Clip(NamedTuple):
     key: str
     before: Scene
     after: Scene
+    unprojected: NDArray[np.floating]  # [N, 3], the pixels of `after.points_predicted` by its depth and its cameras
 
 
 class Cloud(NamedTuple):
@@ -50,7 +54,7 @@ def clips_of(weights: Path, config: Config, count: int) -> Iterator[Clip]:
                 predict(network, batch, JUDGED_LEVEL, config.train.seed, dtype, camera=False) for network in networks
             ]
         before, after = (scene(prediction, batch, video) for prediction in seen)
-        yield Clip(coded.keys[0], before, after)
+        yield Clip(coded.keys[0], before, after, unprojected(seen[1], after))
 
 
 def with_validation(config: Config, data: Path | None) -> Config:
@@ -58,15 +62,32 @@ def with_validation(config: Config, data: Path | None) -> Config:
     return config if data is None else replace(config, data=replace(config.data, validation=str(data)))
 
 
-def clouds(seen: Scene) -> list[Cloud]:
-    """The predicted and the true points of a clip, about the same middle and of the same size."""
+def unprojected(prediction: Prediction, shown: Scene) -> NDArray[np.floating]:
+    """Where predicted depth and cameras put the shown frame's valid pixels, thinned out as those of the scene."""
+    assert prediction.cameras is not None
+    frame = prediction.cameras.shape[1] // 2
+    poses, fov_y_rad = decode_pose9(prediction.cameras[0, frame].double())
+    depth = torch.from_numpy(shown.depth_predicted).double()
+    points = unproject(depth, square_intrinsics_px(fov_y_rad, *depth.shape), poses)
+    pixels = np.flatnonzero(shown.valid)
+    pixels = pixels[:: max(1, len(pixels) // len(shown.points_true))] if len(pixels) else pixels
+    return points.flatten(1).T.numpy()[pixels]
+
+
+def clouds(clip: Clip) -> list[Cloud]:
+    """Predicted and true points of a clip, about the same middle and of the same size."""
+    seen = clip.after
     true = seen.points_true[np.isfinite(seen.points_true).all(axis=1)]
     if not len(true):
         return []
     middle = np.median(true, axis=0)
     radius = max(float(np.percentile(np.linalg.norm(true - middle, axis=1), 95)), 1e-6)
     found = []
-    for name, points in (("predicted", seen.points_predicted), ("true", seen.points_true)):
+    for name, points in (
+        ("predicted depth and camera", clip.unprojected),
+        ("predicted points", seen.points_predicted),
+        ("true points", seen.points_true),
+    ):
         # From x right, y down, z ahead to what screens use.
         placed = (points - middle) / radius * np.array((1, -1, -1)) / CLOUD_REACH
         near = np.isfinite(placed).all(axis=1) & (np.abs(placed) <= 1).all(axis=1)

@@ -1,16 +1,19 @@
 import base64
 import json
+import math
 import re
 import time
 
 import numpy as np
 import pytest
+import torch
 from chromium import BINARY, Page
 from test_history import make_run
 
+from fw_train.batch import Prediction
 from fw_train.camera_path import CameraPath
 from fw_train.pictures import Scene
-from fw_train.report.clips import Clip, clouds
+from fw_train.report.clips import Clip, clouds, unprojected
 from fw_train.report.history import read_history
 from fw_train.report.page import Report, Row, report_html, summary_rows, table_text
 
@@ -44,7 +47,7 @@ def make_report(folder, **changes):
         *({"kind": "validation", "step": n, "validation/depth_loss": 1.2 - 0.1 * n} for n in (0, 4, 8)),
     ]
     histories = [read_history(make_run(folder / "stage1", lines))]
-    clips = [Clip(f"<clip{n}>", make_scene(2.0), make_scene(0.1)) for n in range(2)]
+    clips = [Clip(f"<clip{n}>", make_scene(2.0), make_scene(0.1), make_scene().points_true) for n in range(2)]
     return Report("A & B", histories, {"loss/depth": 0.8}, clips, "stage1", None)._replace(**changes)
 
 
@@ -55,12 +58,28 @@ def test_a_row_tells_before_after_and_how_much_better_than_the_constant(tmp_path
     assert table_text([Row("x", None, 0.5, None)]).splitlines()[1].split() == ["x", "-", "0.5000", "-", "-"]
 
 
-def test_the_cloud_has_screen_axes_and_leaves_far_points_away():
-    predicted, true = clouds(make_scene())
+def test_the_cloud_has_screen_axes_and_leaves_far_points_away(tmp_path):
+    placed, predicted, true = clouds(make_report(tmp_path).clips[0])
     assert len(true.places) == len(predicted.places) + 2 == len(predicted.colours) + 2
+    assert np.array_equal(placed.places, true.places)
     assert true.places[0, 0] < 0 < true.places[0, 1]  # first pixel: left, above
     assert true.places[-1, 2] < true.places[0, 2]  # the last one is farther away
     assert np.abs(true.places).max() < 32767
+
+
+def test_depth_and_cameras_put_pixels_where_the_points_are():
+    fov = math.radians(50)
+    focal = 12 / math.tan(fov / 2)
+    scene = make_scene()
+    pose9 = torch.zeros(1, 5, 9)
+    pose9[..., 2], pose9[..., 6], pose9[..., 8] = 1, 0.5, fov  # ahead by half a unit
+    prediction = Prediction(None, None, None, None, pose9)
+    found = unprojected(prediction, scene)
+    depth = scene.depth_true.ravel()
+    u, v = np.meshgrid(np.arange(32) + 0.5, np.arange(24) + 0.5)
+    np.testing.assert_allclose(found[:, 2], depth + 0.5, rtol=1e-6)
+    np.testing.assert_allclose(found[:, 0], (u.ravel() - 16) / focal * depth, atol=1e-5)
+    np.testing.assert_allclose(found[:, 1], (v.ravel() - 12) / focal * depth, atol=1e-5)
 
 
 def test_text_from_outside_is_not_markup(tmp_path):
