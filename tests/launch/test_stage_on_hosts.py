@@ -1,5 +1,6 @@
 """launch/stage1.sh on real hosts: it trains over pdsh, and whatever is killed, everything ends and the next start goes on."""
 
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,12 @@ pytestmark = [
     pytest.mark.skipif(bool(missing_programs()), reason=f"the rig needs {', '.join(missing_programs())}"),
 ]
 
-START_S = 120.0  # until the first steps, on a machine with two cores
+START_S = 300.0  # patience until the first steps; half a minute where two cores have nothing else to do
+GUARD = {
+    "hang_s": 100,
+    "first_step_s": 300,
+    "collective_s": 300,
+}  # the trainer itself must find nothing before the launcher does
 END_S = 15.0  # from any failure to the last process
 BUSY = 20  # processes that want to run, where these tests alone make eight: a machine that does other things too
 
@@ -24,6 +30,16 @@ BUSY = 20  # processes that want to run, where these tests alone make eight: a m
 def hosts(tmp_path_factory):
     with build_hosts(4, tmp_path_factory.mktemp("rig")) as four:
         yield four
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_for_the_next_test(hosts):
+    yield
+    for host in hosts:
+        for found in host.processes():
+            if "[listener]" not in found.command:
+                with contextlib.suppress(ProcessLookupError):
+                    found.kill()
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +106,7 @@ def left_on(hosts):
 
 def long_run(tmp_path, data, **train):
     return write_config(
-        tmp_path / "config.yaml", data, tmp_path / "run", train={"steps": 1000, "global_batch": 8, **train}
+        tmp_path / "config.yaml", data, tmp_path / "run", train={"steps": 1000, "global_batch": 8, **train}, guard=GUARD
     )
 
 
@@ -100,7 +116,11 @@ def last_checkpoint(folder):
 
 def test_a_stage_trains_over_four_hosts_and_shows_rank_0(hosts, data, tmp_path):
     config = write_config(
-        tmp_path / "config.yaml", data, tmp_path / "run", train={"steps": 6, "global_batch": 16, "precision": "bf16"}
+        tmp_path / "config.yaml",
+        data,
+        tmp_path / "run",
+        train={"steps": 6, "global_batch": 16, "precision": "bf16"},
+        guard=GUARD,
     )
     code, output = Launched(hosts, tmp_path / "run", config).end(START_S)
     assert code == 0, output
@@ -236,7 +256,7 @@ def test_fourteen_hosts_take_a_step(data, tmp_path):
     """The shape of stage 2, with a slot a host; on two cores the start alone takes a minute."""
     config = write_config(
         tmp_path / "config.yaml", data, tmp_path / "run",
-        train={"steps": 1, "global_batch": 14}, guard={"first_step_s": 300, "hang_s": 100, "collective_s": 300},
+        train={"steps": 1, "global_batch": 14}, guard=GUARD,
     )  # fmt: skip
     with build_hosts(14, tmp_path / "rig") as hosts:
         code, output = Launched(hosts, tmp_path / "run", config, slots=1).end(400)
