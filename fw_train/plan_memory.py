@@ -63,7 +63,7 @@ def measure_step(config: Config, mode: Mode, size_px: tuple[int, int]) -> StepMe
         live.enter("blocks")
         # The step's own arguments are all that holds the batch, as in training: what no gradient needs goes with them.
         total = train_step(model, batches.pop(), step_params(config), empty_text).total
-        kept = dict(live.by_phase)
+        kept = live.by_phase.copy()
         total.backward()
     return StepMemory(kept["inputs"], kept["blocks"], kept["heads"], live.peak - sum(kept.values()), live.flops)
 
