@@ -169,8 +169,8 @@ def _cloud(clip: Clip) -> str:
     data = json.dumps([_packed(cloud) for cloud in found])
     return (
         f"<h2>Points</h2><p>A frame of {escape(clip.key)} in space, in the colours of the video: where the network's depth and "
-        "camera put its pixels, where its point head puts them, and where they are. The point head is judged as a cloud, so it may give a "
-        "pixel's place to another.</p>"
+        "camera put its pixels, where its point head puts them, and where they are. The point head is judged as a cloud, so it "
+        "may give a pixel's place to another.</p>"
         f'<div class="cloud">{buttons}<canvas tabindex="0" aria-label="point cloud"></canvas>'
         '<p class="faint hint">Drag to turn, shift and drag to move, wheel to come nearer; arrow keys turn as well.</p>'
         f'<script type="application/json">{data}</script></div>'
