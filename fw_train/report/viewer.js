@@ -58,7 +58,7 @@ for (const box of document.querySelectorAll(".cloud")) {
   };
 
   // view.yaw and view.pitch in radians; the state is readable from outside, for tests and for links to a view.
-  const view = { yaw: 0.35, pitch: 0.25, x: 0, y: 0, distance: 1.7 };
+  const view = { yaw: 0.35, pitch: 0.25, x: 0, y: 0, distance: 1.1 };
   box.view = view;
   const draw = () => {
     const scale = window.devicePixelRatio || 1;
