@@ -112,7 +112,8 @@ def build_hosts(count, folder, names=None):
         hosts = []
         for name in names:
             log = folder / f"sshd-{name}.log"
-            # The cgroup mount is for slurmd, which loads a cgroup plugin whatever it is told.
+            # The cgroup mount is for slurmd, which loads a cgroup plugin whatever it is told. What ~/.bashrc starts on every
+            # login may hold locks (pyenv does), and tests kill logins.
             script = f"""set -e
                 hostname {name}
                 mount --make-rprivate /
@@ -120,6 +121,7 @@ def build_hosts(count, folder, names=None):
                 mount -t tmpfs tmpfs /sys/fs/cgroup
                 mount --bind {hosts_file} /etc/hosts
                 mount --bind {ssh} /etc/ssh
+                test ! -e ~/.bashrc || mount --bind /dev/null ~/.bashrc
                 exec {shutil.which("sshd")} -D -e -f {ssh}/sshd_config"""
             own = ["-n", "-u", "-p", "-m", "-f", "--mount-proc", "--kill-child"]
             init = stack.enter_context(_namespaces(own, ["bash", "-c", script], log))
