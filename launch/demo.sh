@@ -48,10 +48,10 @@ make_data held_out 24 1
 
 # The camera is hidden nearly always and noise levels are low in stage 1: it has minutes to learn what takes a day at full size.
 base=$out/stage0/step-500.safetensors
-one=$out/stage1/step-350.safetensors
+one=$out/stage1/step-450.safetensors
 two=$out/stage2/step-100.safetensors
 train stage0 500 train.learning_rate=2e-3
-train stage1 350 "weights.base=$base" train.learning_rate=2e-3 train.camera_drop=0.95 flow.shift=0.25 loss.camera_weight=100
+train stage1 450 "weights.base=$base" train.learning_rate=2e-3 train.camera_drop=0.95 flow.shift=0.25 loss.camera_weight=100
 train stage2 100 "weights.base=$base" "weights.init_from=$one" train.learning_rate=1e-3
 
 if [ ! -e "$out/eval/eval.json" ]; then
