@@ -30,7 +30,7 @@ def make_data(folder, clips=12, frames=5, height=32, width=48, seed=0):
 def write_config(path, data, output, /, **sections):
     """A YAML file; `sections` as train={"steps": 3} change it."""
     tree = {
-        "model": MODEL,
+        "model": dict(MODEL),
         "data": {
             "sources": [{"path": str(data)}], "frames": 5, "sizes_px": [[32, 48]],
             "text_tokens": 4, "workers": 0,
