@@ -20,7 +20,14 @@ TUTORIAL_MODEL = {**MODEL, "text_dim": 16}  # as wide as the small text encoder
 PROGRAMS = [block for page in PAGES for block in blocks(page) if block.marker == "run"]
 
 # Sizes, lengths and steps that a test has the time for; everything else is run as it is shown.
-SMALL = {"336x592": "32x48", "--frames 81": "--frames 5", "20000": "4", "10000": "2", "--gpus 8": "--gpus 1"}
+SMALL = {
+    "336x592": "32x48",
+    "--frames 81": "--frames 5",
+    "20000": "4",
+    "10000": "2",
+    "--gpus 8": "--gpus 1",
+    "--scenes 8": "--scenes 2",
+}
 # A judgement of the run or of this machine, not of the command.
 MAY_SAY_NO = ("promote", "doctor")
 # Ends its process; looks at the process it is in.
@@ -142,3 +149,35 @@ def test_every_command_of_the_tutorial_runs_in_its_order(here, capfd):
     run_all(page, here, capfd)
     assert (here / "outputs/eval/eval.json").exists()
     assert (here / "exports/diffusers/config.json").exists()
+
+
+def write_demo_outputs(folder):
+    """What README's commands find of a finished demo: held-out clips and weights of stages 1 and 2, small ones."""
+    demo = folder / "outputs" / "demo"
+    held_out = demo / "data" / "held_out"
+    for words in (
+        f"data synth {demo}/raw --scenes 2 --frames 5 --size 32x48",
+        f"data pack {demo}/raw {held_out}",
+        f"data encode {held_out} --codec dct --text hash:8",
+    ):
+        assert main(words.split()) == 0
+    for stage, step, weights in (
+        ("stage1", 450, {}),
+        ("stage2", 100, {"init_from": demo / "stage1/step-450.safetensors"}),
+    ):
+        checkpoint = trained(demo / stage, stage, **weights)
+        checkpoint.rename(checkpoint.with_name(f"step-{step}.safetensors"))
+        path = checkpoint.with_name("config.yaml")
+        tree = yaml.safe_load(path.read_text())
+        tree["data"] |= {"sources": [{"path": str(held_out)}], "validation": str(held_out), "text_tokens": 64}
+        path.write_text(yaml.safe_dump(tree))
+
+
+@pytest.mark.slow
+def test_every_command_of_the_readme_runs_in_its_order(here, capfd):
+    for name in ("configs", "tests", "docs", "launch"):
+        (here / name).symlink_to(ROOT / name, target_is_directory=True)
+    write_demo_outputs(here)
+    run_all(ROOT / "README.md", here, capfd)
+    assert (here / "clip" / "video.mp4").exists()
+    assert (here / "report.html").exists()
