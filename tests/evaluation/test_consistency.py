@@ -47,10 +47,13 @@ def test_depth_and_cameras_of_another_scale_agree_with_each_other():
 
 
 def test_what_leaves_the_picture_is_not_asked_but_missing():
-    """Predicted 0.4 before the wall, pixels move outwards by 2 / 0.4 = 5, all of them out; behind it there is no picture."""
+    """Predicted 0.4 before the wall, pixels move outwards by 2 / 0.4 = 5, all of them out.
+
+    7 further on the wall is behind, where the pixels of a mirrored picture would be inside.
+    """
     true = View(walls(2.0, 1.5), ahead(0.0, 0.5), RIGHT_ANGLE)
     visible = visible_pixels(true, torch.ones(2, 4, 4, dtype=torch.bool))
-    for distance in (1.6, 2.5):
+    for distance in (1.6, 2.5, 7.0):
         out = reprojection(true._replace(first_from_cam=ahead(0.0, distance)), visible)
         assert out.coverage.item() == 0
         assert math.isnan(out.error.item())
