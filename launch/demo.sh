@@ -11,6 +11,8 @@ out=${1:-outputs/demo}
 data=$out/data
 export OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu TOKENIZERS_PARALLELISM=false
 
+trap 'printf "\nlaunch/demo.sh: interrupted; run the same command again to go on\n" >&2; exit 130' INT
+
 say() { printf '\n== %s\n' "$*"; }
 
 fw() { .venv/bin/fw "$@"; }
