@@ -26,12 +26,16 @@ COMMANDS: dict[str, Command | Group] = {
     "promote": Command("fw_train.commands.promote", "say whether a stage-1 run is ready for stage 2"),
     "eval": Command("fw_train.commands.eval", "judge trained weights on held-out clips, side by side"),
     "baseline": Command("fw_train.commands.baseline", "score the best constant prediction on held-out clips"),
-    "inspect": Command("fw_train.commands.inspect", "say what weights, checkpoints and runs hold, and if they are whole"),
+    "inspect": Command(
+        "fw_train.commands.inspect", "say what weights, checkpoints and runs hold, and if they are whole"
+    ),
     "export": Command("fw_train.commands.export", "write trained weights for other programs"),
     "sample": Command("fw_train.commands.sample", "generate a clip with its depth, points and cameras"),
     "doctor": Command("launch.doctor", "check every node, and the network between them, before a run"),
     "plan": Command("fw_train.commands.plan", "say what a run will need: memory, time, disk, network"),
-    "config": Command("fw_train.commands.config", "print a configuration with its overrides, or all settings there are"),
+    "config": Command(
+        "fw_train.commands.config", "print a configuration with its overrides, or all settings there are"
+    ),
     "report": Command("fw_train.commands.report", "write what runs have learnt into one HTML page"),
     "params": Command("fw_train.commands.params", "count the network's parameters and what trains in the stage"),
     "parity": Command("fw_train.commands.parity", "compare a module with stored reference activations"),
