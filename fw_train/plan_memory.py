@@ -169,7 +169,7 @@ def gpu_kernels() -> Iterator[None]:
     try:
         yield
     finally:
-        F.scaled_dot_product_attention, F.rms_norm = attention, rms_norm  # type: ignore[assignment]
+        F.scaled_dot_product_attention, F.rms_norm = attention, rms_norm
 
 
 def _flash_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
