@@ -18,7 +18,6 @@ import re
 import secrets
 import shutil
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -173,7 +172,6 @@ def _ask_to_stop(launch: Launch) -> bool:
 
 def _sweep(names: Sequence[str], launch: str, port: int | None) -> None:
     """Ends what no keeper could end any more, and says where that could not be looked at."""
-    time.sleep(0.5)  # keepers look five times a second
     line = f"cd {CHECKOUT} && {sys.executable} -m launch.sweep {launch}"
     for answer in run_on_all(names, line, port, connect_s=SWEEP_S):
         if answer.code:

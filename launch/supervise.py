@@ -94,7 +94,8 @@ def supervise(
             file.write(f"{line.decode(errors='replace').rstrip()}\n")
             file.flush()
             if isinstance(message, Other):
-                said.append(message.line)
+                if "[INFO]" not in message.line:
+                    said.append(message.line)
                 continue
             events.append(message)
             if isinstance(message, HostLost) and message.broken:

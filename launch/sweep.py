@@ -12,10 +12,14 @@ from pathlib import Path
 
 MARK = "FW_LAUNCH"
 LOOKS = 3
+LEAVE_S = 2.0  # what is about to end by itself may: DeepSpeed's launcher looks once a second
 
 
 def main(launch: str) -> None:
     ended = dict[int, str]()
+    deadline = time.monotonic() + LEAVE_S
+    while carrying(launch) and time.monotonic() < deadline:
+        time.sleep(0.1)
     # Looked for more than once: a process that is becoming another program has no environment for a moment.
     for _ in range(LOOKS):
         for pid, command in carrying(launch):

@@ -60,10 +60,11 @@ def end_of(rank, code):
 
 
 def test_rank_0_is_shown_and_the_rest_is_logged(tmp_path):
-    script = f"echo 'node1: {shown(ID, 'step 1').rstrip()}'; echo 'node2: [INFO] chatter'; {end_of(0, 0)}{end_of(1, 0)}"
+    chatter = "echo 'node2: [INFO] chatter'; echo 'node2: trouble';"
+    script = f"echo 'node1: {shown(ID, 'step 1').rstrip()}'; {chatter} {end_of(0, 0)}{end_of(1, 0)}"
     events, said, ended_for, lines = Watch(tmp_path, script).course()
     assert events == [Ended(0, "node1", 0, ""), Ended(1, "node1", 0, "")]
-    assert (said, ended_for, lines) == (["node2: [INFO] chatter"], "", ["step 1"])
+    assert (said, ended_for, lines) == (["node2: trouble"], "", ["step 1"])
     assert "chatter" in (tmp_path / "launcher.log").read_text()
     assert "step 1" not in (tmp_path / "launcher.log").read_text()
 
