@@ -101,6 +101,7 @@ def test_who_was_killed_is_named_though_others_felt_it_as_their_own_error(launch
     verdict = judge(launch, HOSTS, Course(events, (), ""))
     assert verdict.words.startswith("rank 1 on node2 was killed by signal 9 (SIGKILL)")
     assert "    step 6\n" in verdict.words
+    assert "of an earlier launch" not in verdict.words
     assert read_status(launch.output).reason.startswith("rank 1 on node2 was killed by signal 9")
 
 

@@ -96,7 +96,11 @@ def test_hosts_out_of_reach_are_named_together_before_anything_starts(stage1, tm
 def test_nothing_of_the_users_is_in_a_line_that_shells_read(stage1, tmp_path):
     """Whatever the user gave travels in a file; a launch that starts no rank fails."""
     done, asked = stage1(
-        "node1 slots=1\nnode2 slots=1\n", "data.validation=$(touch CANARY)", NCCL_IB_HCA="^mlx5_8", AWS_KEY="geheim"
+        "node1 slots=1\nnode2 slots=1\n",
+        "data.validation=$(touch CANARY)",
+        NCCL_IB_HCA="^mlx5_8",
+        AWS_KEY="geheim",
+        MLFLOW_TOKEN="geheim",
     )
     assert done.returncode == 1, done
     assert "DeepSpeed or pdsh ended before the ranks" in done.stderr
