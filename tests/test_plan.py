@@ -155,7 +155,7 @@ def test_counted_bytes_are_those_that_a_real_step_takes(words):
     counted, measured = result
     if measured is None:
         pytest.skip("the system does not tell the peak of the memory")
-    assert counted == pytest.approx(measured, rel=0.15)
+    assert counted == pytest.approx(measured, rel=0.25)  # the system counts pages, and what libraries keep
 
 
 def test_the_step_leaves_nothing_behind_and_modes_rank(tiny):

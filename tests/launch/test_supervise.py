@@ -15,9 +15,10 @@ from launch.sweep import carrying
 
 ID = "ab12"
 WATCH = """
-import json, os, sys
+import json, os, signal, sys
 from pathlib import Path
 from launch import supervise
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background without it
 script, log, begun, stop_limit, grace = json.loads(sys.argv[1])
 supervise.GRACE_S = supervise.LEAVE_S = grace
 told = supervise.Told()
