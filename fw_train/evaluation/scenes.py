@@ -27,8 +27,7 @@ def scene(prediction: Prediction, batch: Batch, video: Tensor) -> Scene:
     kind = batch.depth_kind[0] if batch.depth_kind else "metric"
     depth, label, _ = align(prediction.depth[0], batch.depth[0], batch.valid[0], kind)
     frame = ((video[0, t].float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
-    pixels = batch.valid[0, t].flatten().nonzero().squeeze(1)
-    pixels = pixels[:: max(1, len(pixels) // SHOWN_POINTS)]
+    pixels = shown_pixels(batch.valid[0, t])
 
     def at(points: Tensor) -> Tensor:
         return points[0, t].float().flatten(1)[:, pixels].T
@@ -44,6 +43,12 @@ def scene(prediction: Prediction, batch: Batch, video: Tensor) -> Scene:
         cameras_true=_path(batch.pose9[0]),
         cameras_predicted=_path(prediction.cameras[0]),
     )
+
+
+def shown_pixels(valid: Tensor) -> Tensor:
+    """Which of the valid pixels [H, W] have points in a scene: places in the flattened frame, thinned out evenly."""
+    pixels = valid.flatten().nonzero().squeeze(1)
+    return pixels[:: max(1, len(pixels) // SHOWN_POINTS)]
 
 
 def _path(pose9: Tensor) -> CameraPath:

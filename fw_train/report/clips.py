@@ -14,7 +14,7 @@ from fw_train.build import load_model, world_params
 from fw_train.config import Config
 from fw_train.data.expand import expand_video
 from fw_train.evaluation.consistency import square_intrinsics_px
-from fw_train.evaluation.scenes import scene
+from fw_train.evaluation.scenes import scene, shown_pixels
 from fw_train.geometry import decode_pose9, unproject
 from fw_train.inference import load_trained
 from fw_train.pictures import Scene
@@ -63,15 +63,13 @@ def with_validation(config: Config, data: Path | None) -> Config:
 
 
 def unprojected(prediction: Prediction, shown: Scene) -> NDArray[np.floating]:
-    """Where predicted depth and cameras put the shown frame's valid pixels, thinned out as those of the scene."""
+    """Where predicted depth and cameras put the pixels that have points in the scene."""
     assert prediction.cameras is not None
     frame = prediction.cameras.shape[1] // 2
     poses, fov_y_rad = decode_pose9(prediction.cameras[0, frame].double())
     depth = torch.from_numpy(shown.depth_predicted).double()
     points = unproject(depth, square_intrinsics_px(fov_y_rad, *depth.shape), poses)
-    pixels = np.flatnonzero(shown.valid)
-    pixels = pixels[:: max(1, len(pixels) // len(shown.points_true))] if len(pixels) else pixels
-    return points.flatten(1).T.numpy()[pixels]
+    return points.flatten(1).T[shown_pixels(torch.from_numpy(shown.valid))].numpy()
 
 
 def clouds(clip: Clip) -> list[Cloud]:

@@ -12,6 +12,7 @@ from test_history import make_run
 
 from fw_train.batch import Prediction
 from fw_train.camera_path import CameraPath
+from fw_train.evaluation.scenes import shown_pixels
 from fw_train.pictures import Scene
 from fw_train.report.clips import Clip, clouds, unprojected
 from fw_train.report.history import read_history
@@ -80,6 +81,16 @@ def test_depth_and_cameras_put_pixels_where_the_points_are():
     np.testing.assert_allclose(found[:, 2], depth + 0.5, rtol=1e-6)
     np.testing.assert_allclose(found[:, 0], (u.ravel() - 16) / focal * depth, atol=1e-5)
     np.testing.assert_allclose(found[:, 1], (v.ravel() - 12) / focal * depth, atol=1e-5)
+
+
+def test_a_large_frame_keeps_the_same_pixels_for_all_clouds():
+    valid = np.ones((336, 592), bool)
+    kept = shown_pixels(torch.from_numpy(valid))
+    scene = make_scene()._replace(
+        depth_predicted=np.full(valid.shape, 5.0, np.float32), valid=valid, points_true=np.zeros((len(kept), 3))
+    )
+    pose9 = torch.tensor([0, 0, 1.0, 0, 0, 0, 0, 0, 1]).expand(1, 5, 9)
+    assert len(unprojected(Prediction(None, None, None, None, pose9), scene)) == len(kept) < valid.size
 
 
 def test_text_from_outside_is_not_markup(tmp_path):
