@@ -47,6 +47,12 @@ def drop_after(path: Path, last_step: int) -> list[dict[str, Any]]:
     return kept
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines in their order; what a killed run has left of one is passed over."""
+    parsed = map(_parsed, path.read_text(encoding="utf-8", errors="replace").splitlines())
+    return [values for values in parsed if values is not None]
+
+
 def _parsed(line: str) -> dict[str, Any] | None:
     try:
         values = json.loads(line)

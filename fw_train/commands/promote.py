@@ -9,12 +9,12 @@ Exit code 0: ready, and the path of the weights is printed; 1: not ready.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from fw_train.metrics_file import read_lines
 from fw_train.monitor import METRICS
 from fw_train.stage_weights import read_stage_info
 
@@ -75,15 +75,7 @@ def read_validations(path: Path) -> dict[int, dict[str, float]]:
     """The validation figures of a run by step; the last ones of a step that was validated twice."""
     if not path.is_file():
         raise ValueError(f"no {path}; give the folder of a run")
-    found = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue  # the end of a run that was killed
-        if isinstance(values, dict) and values.get("kind") == "validation":
-            found[int(values["step"])] = values
-    return found
+    return {line["step"]: line for line in read_lines(path) if line.get("kind") == "validation"}
 
 
 def weights_path(folder: Path, step: int) -> Path:

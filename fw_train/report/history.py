@@ -1,11 +1,11 @@
 """What a run's folder says about it: its stage, how it ended, and its figures by step."""
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fw_train.config import Config, load_config
 from fw_train.inference import CONFIG_NAME
+from fw_train.metrics_file import read_lines
 from fw_train.monitor import METRICS
 from fw_train.run_folder import Status, read_status
 
@@ -41,7 +41,8 @@ def read_history(folder: Path) -> History:
     config = folder / CONFIG_NAME
     if not config.is_file():
         raise ValueError(f"no {config}: {folder} is not the folder of a run; give those that `fw train` wrote")
-    lines = _lines(folder / METRICS)
+    metrics = folder / METRICS
+    lines = read_lines(metrics) if metrics.is_file() else []
     return History(
         folder=folder,
         config=load_config(config),
@@ -51,20 +52,6 @@ def read_history(folder: Path) -> History:
         trained=_curves(lines, "step"),
         validated=_curves(lines, "validation"),
     )
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue  # the end of a run that was killed
-        if isinstance(line, dict) and "step" in line:
-            lines.append(line)
-    return lines
 
 
 def _curves(lines: list[dict[str, Any]], kind: str) -> dict[str, Curve]:
