@@ -65,10 +65,11 @@ if [ ! -e "$out/clip/sample.json" ]; then
     fw sample "$two" --output "$out/clip" --pan 30 \
         --prompt "A large red sphere and a tall blue box on a tiled floor under an open sky, the camera pans to the right."
 fi
-if [ ! -e "$out/report.html" ]; then
+if [ ! -e "$out/summary.txt" ]; then
     say "report"
     fw report "$out/stage0" "$out/stage1" "$out/stage2" --eval "$out/eval/eval.json" --sample "$out/clip" \
-        --title "What the demo has learnt" --output "$out/report.html" | tee "$out/summary.txt"
+        --title "What the demo has learnt" --output "$out/report.html" > "$out/summary.partial"
+    mv "$out/summary.partial" "$out/summary.txt"
 fi
 
 say "done"
