@@ -2,37 +2,31 @@
 
 import pytest
 import torch
-from tiny_training import write_config as write_tiny
+from safetensors.torch import load_file
+from trained_stages import trained
 
-from fw_train.build import base_identity, load_model, trainable_shapes, world_params
+from fw_train.build import world_params
 from fw_train.checkpoint_files import CheckpointError
-from fw_train.config import ConfigError, config_hash, load_config
-from fw_train.inference import load_trained, write_config
+from fw_train.config import ConfigError, load_config
+from fw_train.inference import load_trained
 from fw_train.stage_weights import StageInfo, write_stage_weights
 from samples import make_batch
 
 
-def trained(folder, stage, **weights):
-    """What a run of `stage` leaves: its configuration and weights that differ from fresh ones."""
-    folder.mkdir()
-    config = load_config(write_tiny(folder / "given.yaml", "data", folder, train={"stage": stage}, weights=weights))
-    model = load_model(config, "cpu")
-    generator = torch.Generator().manual_seed(len(stage))
-    own = dict(model.named_parameters())
-    tensors = {name: own[name] + 0.1 * torch.randn(own[name].shape, generator=generator)
-               for name in trainable_shapes(model, stage)}  # fmt: skip
-    path = folder / "step-3.safetensors"
-    write_stage_weights(path, tensors, StageInfo(stage, 3, config_hash(config), base_identity(config), torch.float32))
-    write_config(folder, config)
-    return path, tensors, config
+def run_of(folder, stage, **weights):
+    """What a run of `stage` leaves: its weights by their names in the network, and its configuration."""
+    path = trained(folder, stage, **weights)
+    prefix = "video." if stage == "stage0" else ""
+    tensors = {prefix + key: tensor for key, tensor in load_file(path).items()}
+    return path, tensors, load_config(folder / "config.yaml")
 
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stages")
-    base = trained(folder / "zero", "stage0")
-    one = trained(folder / "one", "stage1", base=str(base[0]))
-    two = trained(folder / "two", "stage2", base=str(base[0]), init_from=str(one[0]))
+    base = run_of(folder / "zero", "stage0")
+    one = run_of(folder / "one", "stage1", base=base[0])
+    two = run_of(folder / "two", "stage2", base=base[0], init_from=one[0])
     return {"stage0": base, "stage1": one, "stage2": two}
 
 
@@ -85,7 +79,7 @@ def test_weights_without_a_configuration_ask_for_it(stages, tmp_path):
 
 
 def test_another_base_is_refused(stages, tmp_path):
-    other = trained(tmp_path / "other", "stage0")
+    other = run_of(tmp_path / "other", "stage0")
     changed = tmp_path / "changed.safetensors"
     info = StageInfo("stage0", 4, "0" * 16, "fresh weights of seed 0", torch.float32)
     write_stage_weights(changed, {name: value + 1 for name, value in other[1].items()}, info)
