@@ -16,11 +16,11 @@ from data_tools.audit_checks import Float, grid_labels
 from data_tools.audit_clip import Limits, decode_clip, diagnose_clip
 from data_tools.audit_geometry import Labels, attempt, relative_errors
 from data_tools.preview import video_pictures
-from fw_train import colours
 from fw_train.data.manifest import Dataset
 from fw_train.data.schema import VIDEO
-from fw_train.drawing import Picture
 from fw_train.geometry import relative_to_first
+from fw_train.pictures import colours
+from fw_train.pictures.drawing import Picture
 
 PICTURED = 4
 LARGEST = 320  # pixels along a picture's longer side

@@ -16,7 +16,19 @@ from fw_train.data.loader import LoaderParams, SourceParams, TrainingData
 from fw_train.data.manifest import MANIFEST, ROW, ROWS, Dataset, ManifestShard, seal
 from fw_train.data.order import SampleOrder, Stream
 from fw_train.data.schema import Bucket
-from fw_train.drawing import FAINT, GRID, MARGIN, PAPER, SMALL, WHITE, Picture, png_bytes, stroke, text_width, write
+from fw_train.pictures.drawing import (
+    FAINT,
+    GRID,
+    MARGIN,
+    PAPER,
+    SMALL,
+    WHITE,
+    Picture,
+    png_bytes,
+    stroke,
+    text_width,
+    write,
+)
 
 POINTS = 50  # measurements over a run
 SIZE_PX = 360, 760

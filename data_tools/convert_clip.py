@@ -25,7 +25,7 @@ from fw_train.batch import DepthKind
 from fw_train.camera_files import write_cameras
 from fw_train.data import schema
 from fw_train.geometry import Cameras, intrinsics_px, invert_rigid, rigid, transform_points, unproject
-from fw_train.video_writer import video_writer
+from fw_train.pictures.video_writer import video_writer
 
 UNFINISHED = ".unfinished"  # folder of clips in the making
 PARTS = ("video", "depth", "points", "cameras")

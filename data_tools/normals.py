@@ -3,8 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from fw_train.colours import with_checks
-from fw_train.drawing import Float, Mask, Picture, to_bytes
+from fw_train.pictures.colours import with_checks
+from fw_train.pictures.drawing import Float, Mask, Picture, to_bytes
 
 NORMAL_SPAN = 1 / 100  # of the width, between the points whose difference is taken: fewer pixels show the codec's steps
 

@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_tools import normals
-from fw_train import camera_path, colours, drawing
 from fw_train.atomic_files import write_file
 from fw_train.data.codec import decode_depth, decode_points
 from fw_train.data.manifest import Dataset, map_rows
@@ -26,6 +25,7 @@ from fw_train.data.schema import CAMERA, DEPTH, INFO, POINTS, VIDEO, SampleInfo,
 from fw_train.data.shards import ShardError
 from fw_train.data.strict_json import SchemaError
 from fw_train.geometry import relative_to_first
+from fw_train.pictures import camera_path, colours, drawing
 
 FRAMES = 4
 NEAREST = 3  # keys that an error names

@@ -14,7 +14,7 @@ from data_tools.scene_render import View, camera_directions, render_colour, rend
 from data_tools.scenes import caption, sample_scene, surfaces_at, views
 from fw_train.camera_files import write_cameras
 from fw_train.geometry import Cameras, invert_rigid, relative_to_first
-from fw_train.video_writer import video_writer
+from fw_train.pictures.video_writer import video_writer
 
 UNFINISHED_NAME = ".unfinished"  # folder of scenes in the making
 

@@ -8,17 +8,17 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from fw_train.base_hash import base_hash
-from fw_train.checkpoint_files import TensorInfo
 from fw_train.config import Config
 from fw_train.model.attention import choose_kernel
 from fw_train.model.heads import DenseHeadParams
 from fw_train.model.wan import WanParams
 from fw_train.model.world import FantasyWorldModel, WorldParams
 from fw_train.precision import PRECISIONS, assert_uniform
-from fw_train.stage_weights import load_stage_weights, validate_stage_weights
 from fw_train.stages import match_rules, stage_rules
-from fw_train.weights import load_wan, seed_geometry
+from fw_train.weights.base_hash import base_hash
+from fw_train.weights.files import TensorInfo
+from fw_train.weights.stage import load_stage_weights, validate_stage_weights
+from fw_train.weights.wan import load_wan, seed_geometry
 
 M = TypeVar("M", bound=nn.Module)
 

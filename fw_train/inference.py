@@ -12,14 +12,14 @@ from fw_train.build import base_identity, initialise, on_meta, trainable_shapes,
 from fw_train.config import Config, ConfigError, load_config, to_yaml
 from fw_train.model.world import FantasyWorldModel
 from fw_train.precision import PRECISIONS, assert_uniform
-from fw_train.stage_weights import (
+from fw_train.weights.stage import (
     VIDEO_STAGE,
     StageInfo,
     load_stage_weights,
     read_stage_info,
     validate_stage_weights,
 )
-from fw_train.weights import load_wan
+from fw_train.weights.wan import load_wan
 
 CONFIG_NAME = "config.yaml"
 

@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fw_train.base_hash import base_hash
-from fw_train.checkpoint import verify_checkpoint
-from fw_train.checkpoint_files import CheckpointError, CheckpointReader, TensorInfo, open_checkpoint
-from fw_train.checkpoint_layout import MANIFEST, checkpoints_folder, open_checkpoint_folder, scan
-from fw_train.run_folder import read_status
-from fw_train.weights import PATCH_WEIGHT, map_names
+from fw_train.checkpoint.layout import MANIFEST, checkpoints_folder, open_checkpoint_folder, scan
+from fw_train.checkpoint.loading import verify_checkpoint
+from fw_train.run.folder import read_status
+from fw_train.weights.base_hash import base_hash
+from fw_train.weights.files import CheckpointError, CheckpointReader, TensorInfo, open_checkpoint
+from fw_train.weights.wan import PATCH_WEIGHT, map_names
 
 
 class ModuleRow(NamedTuple):
@@ -146,9 +146,9 @@ def sha256(path: Path) -> str:
 
 def _kind(reader: CheckpointReader, wan: bool) -> str:
     facts, layout = reader.metadata, map_names(reader.shapes()).layout
-    if facts.get("format", "").startswith("fw_train.stage_weights"):
+    if facts.get("format", "").startswith("fw_train.weights.stage"):
         return f"trained weights of {facts.get('stage')}, step {facts.get('step')}"
-    if facts.get("format", "").startswith("fw_train.export"):
+    if facts.get("format", "").startswith("fw_train.export.tensors"):
         return f"export, {facts.get('contents')}, of {facts.get('stage')}, step {facts.get('step')}, {layout} names"
     return f"Wan transformer, {layout} names" if wan else "weights"
 

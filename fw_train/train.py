@@ -26,40 +26,40 @@ from torch import Tensor
 
 from fw_train import dist
 from fw_train.activation_checkpointing import apply_activation_checkpointing
+from fw_train.arguments import add_config, read_config
 from fw_train.batch import Batch
 from fw_train.build import base_identity, load_model, world_params
-from fw_train.checkpoint import load, peek
-from fw_train.checkpoint_saver import CheckpointSaver, CheckpointsFailing, StageWeights
+from fw_train.checkpoint.loading import load, peek
+from fw_train.checkpoint.run_state import RunState, capture_rng, restore_rng, seed_rng
+from fw_train.checkpoint.saver import CheckpointSaver, CheckpointsFailing, StageWeights
 from fw_train.code_version import code_version
-from fw_train.commands.arguments import add_config, read_config
 from fw_train.config import Config, config_hash, to_tree
 from fw_train.data.coded import Substituted
 from fw_train.data.expand import expand_video
 from fw_train.data.loader import too_many
 from fw_train.data.order import Segment, accumulation_steps, change_global_batch
 from fw_train.dist import World
-from fw_train.dry_run import dry_run
 from fw_train.engine import StepStats, make_engine
-from fw_train.guards import SpikeGuard, Stragglers
+from fw_train.evaluation.validation import validate
 from fw_train.inference import write_config
-from fw_train.monitor import StepRecord
+from fw_train.monitoring.facts import open_monitor, peak_memory_bytes, scene_of
+from fw_train.monitoring.monitor import StepRecord
+from fw_train.monitoring.step_clock import StepClock
+from fw_train.monitoring.step_report import OwnStep, describe_bad_step, share
 from fw_train.optimiser import learning_rate
+from fw_train.plan.dry_run import dry_run
 from fw_train.precision import PRECISIONS
-from fw_train.resume import check_configuration, check_data
-from fw_train.run_data import BatchMaker, HeldOut, open_data
-from fw_train.run_folder import RunFolder, State
-from fw_train.run_monitor import open_monitor, peak_memory_bytes, scene_of
-from fw_train.run_params import engine_params, save_params, step_params
-from fw_train.run_state import RunState, capture_rng, restore_rng, seed_rng
-from fw_train.run_weights import Replicas, frozen_fingerprint
-from fw_train.stage_weights import StageInfo
+from fw_train.run.data import BatchMaker, HeldOut, open_data
+from fw_train.run.folder import RunFolder, State
+from fw_train.run.params import engine_params, save_params, step_params
+from fw_train.run.resume import check_configuration, check_data
 from fw_train.stages import apply_stage, gate_magnitudes, stage_rules
 from fw_train.step import train_step
-from fw_train.step_clock import StepClock
-from fw_train.step_report import OwnStep, describe_bad_step, share
-from fw_train.stop import StopRequest
-from fw_train.validation import validate
-from fw_train.watch import Watch
+from fw_train.watch.fingerprints import Replicas, frozen_fingerprint
+from fw_train.watch.guards import SpikeGuard, Stragglers
+from fw_train.watch.stop import StopRequest
+from fw_train.watch.watcher import Watch
+from fw_train.weights.stage import StageInfo
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from fw_train.config import Config, load_config
 from fw_train.data.order import accumulation_steps
-from fw_train.run_folder import current_token
+from fw_train.run.folder import current_token
 from launch.environment import check_plain, left_behind, local_environment, travelling, write_env_file
 from launch.hostfile import Host, describe_shape, read_hostfile
 from launch.launch_file import Launch, write_launch

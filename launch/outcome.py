@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fw_train.run_folder import State, Status, current_token, read_status, write_status
+from fw_train.run.folder import State, Status, current_token, read_status, write_status
 from launch.hostfile import Host
 from launch.launch_file import Launch, log_file
 from launch.messages import Ended, HostLost

@@ -4,9 +4,9 @@ import math
 
 import torch
 
+from fw_train.checkpoint.run_state import RunState
 from fw_train.engine.base import Fragment
-from fw_train.run_state import RunState
-from fw_train.stage_weights import StageInfo
+from fw_train.weights.stage import StageInfo
 
 SHAPES = {"geo.weight": (8, 5), "geo.bias": (7,), "token": (1, 3), "gate": ()}
 

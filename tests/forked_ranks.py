@@ -10,8 +10,8 @@ import traceback
 
 import torch
 
-import fw_train.checkpoint
-import fw_train.checkpoint_saver
+import fw_train.checkpoint.loading
+import fw_train.checkpoint.saver
 from fw_train.dist import World
 
 DIED = "died"
@@ -52,7 +52,7 @@ def _rank(rank, ranks, links, writing, work):
                     end.close()
             del number
         gather = _gathering(rank, peers)
-        fw_train.checkpoint.gather_texts = fw_train.checkpoint_saver.gather_texts = gather
+        fw_train.checkpoint.loading.gather_texts = fw_train.checkpoint.saver.gather_texts = gather
         text = json.dumps(work(World(rank, ranks, rank, ranks, torch.device("cpu"))), default=str)
         _send_all(writing, text.encode())
         status = 0

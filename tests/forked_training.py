@@ -314,7 +314,7 @@ class _Hooks:
                 parameter.to_local() if hasattr(parameter, "to_local") else getattr(parameter, "ds_tensor", parameter)
             )
             weights.update(name.encode() + local.detach().float().contiguous().numpy().tobytes())
-        from fw_train.run_state import capture_rng
+        from fw_train.checkpoint.run_state import capture_rng
 
         line = {
             "step": record.step,

@@ -3,11 +3,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fw_train.build import base_identity, build_model, initialise, load_model, on_meta, trainable_shapes
-from fw_train.checkpoint_files import CheckpointError
 from fw_train.config import config_hash, load_config
 from fw_train.model.world import FantasyWorldModel
 from fw_train.precision import assert_uniform
-from fw_train.stage_weights import StageInfo, write_stage_weights
+from fw_train.weights.files import CheckpointError
+from fw_train.weights.stage import StageInfo, write_stage_weights
 from samples import tiny_params
 
 

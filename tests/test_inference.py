@@ -6,10 +6,10 @@ from safetensors.torch import load_file
 from trained_stages import trained
 
 from fw_train.build import world_params
-from fw_train.checkpoint_files import CheckpointError
 from fw_train.config import ConfigError, load_config
 from fw_train.inference import load_trained
-from fw_train.stage_weights import StageInfo, write_stage_weights
+from fw_train.weights.files import CheckpointError
+from fw_train.weights.stage import StageInfo, write_stage_weights
 from samples import make_batch
 
 

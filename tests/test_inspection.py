@@ -11,11 +11,11 @@ from forked_ranks import alone
 from safetensors.torch import save_file
 from trained_stages import random_base, tiny_wan_of, trained
 
-from fw_train.base_hash import base_hash
-from fw_train.checkpoint_saver import CheckpointSaver, SaveParams, StageWeights
+from fw_train.checkpoint.saver import CheckpointSaver, SaveParams, StageWeights
 from fw_train.cli import main
 from fw_train.inspection import inspect_path, module_of
-from fw_train.run_folder import Status, write_status
+from fw_train.run.folder import Status, write_status
+from fw_train.weights.base_hash import base_hash
 
 SHAPES = {"geo.weight": (8, 5), "geo.bias": (7,)}
 CONFIG = {"train": {"stage": "stage1"}}

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from fw_train.precision import PRECISIONS, PrecisionError, assert_uniform
-from fw_train.weights import widen_input_channels
+from fw_train.weights.wan import widen_input_channels
 
 
 def test_the_table():

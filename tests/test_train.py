@@ -8,7 +8,7 @@ from forked_training import Fault, TrainingServer, read_trace
 from safetensors import safe_open
 from tiny_training import make_data, write_config
 
-from fw_train.run_folder import read_status
+from fw_train.run.folder import read_status
 
 ENGINES = ("deepspeed", "fsdp2")
 STEPS = 8

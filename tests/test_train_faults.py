@@ -9,10 +9,10 @@ import pytest
 from forked_training import Fault, TrainingServer, read_trace
 from tiny_training import make_data, write_config
 
-from fw_train.checkpoint import list_checkpoints, verify_checkpoint
-from fw_train.checkpoint_layout import checkpoints_folder
-from fw_train.run_folder import read_status
-from fw_train.watch import FAILED, HUNG
+from fw_train.checkpoint.layout import checkpoints_folder
+from fw_train.checkpoint.loading import list_checkpoints, verify_checkpoint
+from fw_train.run.folder import read_status
+from fw_train.watch.watcher import FAILED, HUNG
 
 
 @pytest.fixture(scope="module")

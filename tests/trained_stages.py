@@ -10,8 +10,8 @@ from fw_train.inference import write_config
 from fw_train.model.wan import WanDiT
 from fw_train.model.world import FantasyWorldModel
 from fw_train.precision import PRECISIONS
-from fw_train.stage_weights import StageInfo, write_stage_weights
-from fw_train.weights import to_diffusers
+from fw_train.weights.stage import StageInfo, write_stage_weights
+from fw_train.weights.wan import to_diffusers
 
 
 def random_base(path, wan, dtype=torch.float32, layout="original", seed=0):

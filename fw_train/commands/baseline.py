@@ -15,15 +15,15 @@ from typing import NamedTuple
 
 import torch
 
+from fw_train.arguments import add_config, read_config
 from fw_train.build import world_params
-from fw_train.commands.arguments import add_config, read_config
 from fw_train.commands.promote import read_validations
 from fw_train.config import Config, ConfigError
 from fw_train.evaluation.constant import constant_for, mean_labels
+from fw_train.evaluation.validation import GEOMETRY, Tally
 from fw_train.losses import LossParams, sample_losses
-from fw_train.monitor import METRICS
-from fw_train.run_data import BatchMaker, HeldOut
-from fw_train.validation import GEOMETRY, Tally
+from fw_train.monitoring.monitor import METRICS
+from fw_train.run.data import BatchMaker, HeldOut
 
 
 class Row(NamedTuple):

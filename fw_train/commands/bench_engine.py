@@ -14,7 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 from fw_train import dist
 from fw_train.activation_checkpointing import apply_activation_checkpointing
 from fw_train.build import build_model, world_params
-from fw_train.checkpoint_saver import CheckpointSaver, StageWeights
+from fw_train.checkpoint.run_state import RunState, capture_rng
+from fw_train.checkpoint.saver import CheckpointSaver, StageWeights
 from fw_train.code_version import code_version
 from fw_train.commands.bench_feed import Feed
 from fw_train.config import Config, config_hash, to_tree
@@ -22,13 +23,12 @@ from fw_train.data.order import accumulation_steps
 from fw_train.dist import World
 from fw_train.engine import Engine, StateBytes, make_engine
 from fw_train.measure import peak_bytes, synchronise
+from fw_train.monitoring.step_clock import StepClock
 from fw_train.precision import PRECISIONS
-from fw_train.run_params import engine_params, save_params, step_params
-from fw_train.run_state import RunState, capture_rng
-from fw_train.stage_weights import StageInfo
+from fw_train.run.params import engine_params, save_params, step_params
 from fw_train.stages import apply_stage, stage_rules
 from fw_train.step import train_step
-from fw_train.step_clock import StepClock
+from fw_train.weights.stage import StageInfo
 
 PARTS = ("data", "expand", "forward", "backward", "optimiser")
 OPTIMISER_BYTES, GRADIENT_BYTES = 12, 4  # of a trained parameter in fp32: master and two moments; its gradient

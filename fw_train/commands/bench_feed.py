@@ -14,7 +14,7 @@ from fw_train.commands.bench_model import random_batch
 from fw_train.config import Config
 from fw_train.data.order import Segment
 from fw_train.dist import World
-from fw_train.run_data import BatchMaker, open_data
+from fw_train.run.data import BatchMaker, open_data
 
 ENDLESS = 1_000_000_000  # steps; a benchmark stops when it has seen enough
 

@@ -27,11 +27,11 @@ from fw_train.engine import Engine, make_engine
 from fw_train.measure import synchronise
 from fw_train.model.world import FantasyWorldModel
 from fw_train.precision import PRECISIONS
-from fw_train.run_folder import RunFolder
-from fw_train.run_params import step_params
+from fw_train.run.folder import RunFolder
+from fw_train.run.params import step_params
 from fw_train.step import StepParams, train_step
-from fw_train.stop import StopRequest
-from fw_train.watch import Watch
+from fw_train.watch.stop import StopRequest
+from fw_train.watch.watcher import Watch
 
 PATIENCE_S = 3600.0  # for the watch: the bare steps give no sign of life
 

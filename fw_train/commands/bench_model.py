@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fw_train.activation_checkpointing import MODES, apply_activation_checkpointing
+from fw_train.arguments import add_config, read_config
 from fw_train.batch import Batch, Prediction, latent_frames
 from fw_train.build import build_model, on_meta, world_params
-from fw_train.commands.arguments import add_config, read_config
 from fw_train.config import Config
 from fw_train.flops import Shape, peak_flops, sample_flops, total_flops
 from fw_train.measure import KeptTensors, alternate, keep_freed_memory, peak_bytes, synchronise
@@ -241,7 +241,7 @@ def diffusers_twin(ours: WanDiT, clip_dim: int) -> nn.Module:
     """diffusers' transformer with a copy of our weights."""
     from diffusers import WanTransformer3DModel
 
-    from fw_train.weights import to_diffusers
+    from fw_train.weights.wan import to_diffusers
 
     p: WanParams = ours.params
     if p.variant not in ("t2v", "i2v"):

@@ -26,14 +26,14 @@ from typing import Any, NamedTuple
 import torch
 
 from fw_train import dist
+from fw_train.arguments import add_config
 from fw_train.code_version import code_version
-from fw_train.commands.arguments import add_config
 from fw_train.commands.bench_engine import GRADIENT_BYTES, OPTIMISER_BYTES, PARTS, Turn, one_turn
 from fw_train.commands.bench_feed import data_feed, synthetic_feed
 from fw_train.commands.bench_loop import LoopFigures, Ratio, compare_loops
 from fw_train.config import Config, load_config
 from fw_train.dist import World
-from fw_train.run_monitor import run_facts
+from fw_train.monitoring.facts import run_facts
 
 MIB = 1 << 20
 

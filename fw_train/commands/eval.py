@@ -31,19 +31,19 @@ from fw_train.build import world_params
 from fw_train.config import Config
 from fw_train.data.expand import expand_video
 from fw_train.dist import World
-from fw_train.drawing import FAINT, SMALL, Picture, below, beside, framed, png_bytes, text_picture
 from fw_train.evaluation.constant import mean_labels
 from fw_train.evaluation.judge import cases, judge_constant, judge_diffusion, judge_geometry
 from fw_train.evaluation.report import Evaluation, Judged, document, table
 from fw_train.evaluation.scenes import scene
+from fw_train.evaluation.validation import JUDGED_LEVEL, predict
 from fw_train.inference import Trained, load_trained
-from fw_train.metrics_file import json_line
-from fw_train.pictures import Scene, camera_sheet, depth_sheet
+from fw_train.monitoring.metrics_file import json_line
+from fw_train.monitoring.terminal import Terminal
+from fw_train.pictures.drawing import FAINT, SMALL, Picture, below, beside, framed, png_bytes, text_picture
+from fw_train.pictures.scene import Scene, camera_sheet, depth_sheet
 from fw_train.precision import PRECISIONS
-from fw_train.run_data import BatchMaker, HeldOut
-from fw_train.stage_weights import VIDEO_STAGE
-from fw_train.terminal import Terminal
-from fw_train.validation import JUDGED_LEVEL, predict
+from fw_train.run.data import BatchMaker, HeldOut
+from fw_train.weights.stage import VIDEO_STAGE
 
 log = logging.getLogger(__name__)
 

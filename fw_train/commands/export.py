@@ -7,18 +7,18 @@
 An output that ends in .safetensors is one file; any other is a folder of shards with an index. The video transformer has the
 names of Wan's authors or those of diffusers' WanTransformer3DModel (with a config.json that builds it); everything else is
 named as in this project behind `geometry.`. A merged export is accepted as weights.base, and
-`fw_train.export.load_export` makes the network from it alone. The configuration is found in the run's folder.
+`fw_train.export.tensors.load_export` makes the network from it alone. The configuration is found in the run's folder.
 """
 
 import argparse
 import logging
 from pathlib import Path
 
-from fw_train.export import Contents, plan_export
-from fw_train.export_writing import parse_bytes, write_export
+from fw_train.export.tensors import Contents, plan_export
+from fw_train.export.writing import parse_bytes, write_export
 from fw_train.inference import config_of
 from fw_train.precision import PRECISIONS
-from fw_train.stage_weights import VIDEO_STAGE, read_stage_info
+from fw_train.weights.stage import VIDEO_STAGE, read_stage_info
 
 log = logging.getLogger(__name__)
 

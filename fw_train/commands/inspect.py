@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fw_train.checkpoint_files import TensorInfo
 from fw_train.inspection import Run, SavedState, Weights, inspect_path
+from fw_train.weights.files import TensorInfo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

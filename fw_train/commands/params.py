@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from fw_train.arguments import add_config, read_config
 from fw_train.build import on_meta, world_params
-from fw_train.commands.arguments import add_config, read_config
 from fw_train.model.world import FantasyWorldModel
 from fw_train.precision import PRECISIONS
 from fw_train.stages import count_rules, match_rules, stage_rules

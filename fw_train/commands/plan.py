@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from fw_train.activation_checkpointing import MODES
-from fw_train.commands.arguments import add_config, read_config
+from fw_train.arguments import add_config, read_config
 from fw_train.config import Config
 from fw_train.devices import DEVICES, device
-from fw_train.plan import DEFAULT_MFU, NODE_GPUS, Plan, make_plan
+from fw_train.plan.estimate import DEFAULT_MFU, NODE_GPUS, Plan, make_plan
 
 GIB = 2**30
 

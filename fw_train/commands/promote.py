@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from fw_train.metrics_file import read_lines
-from fw_train.monitor import METRICS
-from fw_train.stage_weights import read_stage_info
+from fw_train.monitoring.metrics_file import read_lines
+from fw_train.monitoring.monitor import METRICS
+from fw_train.weights.stage import read_stage_info
 
 GATES = {"depth": 0.1, "point": 0.5, "camera": 0.05}
 

@@ -18,7 +18,7 @@ from fw_train.atomic_files import write_file
 from fw_train.report.clips import Clip, clips_of, with_validation
 from fw_train.report.history import History, read_history
 from fw_train.report.page import Report, report_html, summary_rows, table_text
-from fw_train.stage_weights import VIDEO_STAGE
+from fw_train.weights.stage import VIDEO_STAGE
 
 log = logging.getLogger(__name__)
 

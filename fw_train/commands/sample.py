@@ -27,6 +27,7 @@ from torch import Tensor
 from fw_train.batch import Prediction
 from fw_train.build import world_params
 from fw_train.config import Config
+from fw_train.evaluation.validation import JUDGED_LEVEL
 from fw_train.inference import config_of, load_trained
 from fw_train.precision import PRECISIONS
 from fw_train.sampling.conditions import Shape, check_camera, check_image, conditions, padded_text, read_first_frame
@@ -48,8 +49,7 @@ from fw_train.sampling.trajectories import (
     relative_path,
     square_pixels,
 )
-from fw_train.stage_weights import VIDEO_STAGE, StageInfo, read_stage_info
-from fw_train.validation import JUDGED_LEVEL
+from fw_train.weights.stage import VIDEO_STAGE, StageInfo, read_stage_info
 
 log = logging.getLogger(__name__)
 

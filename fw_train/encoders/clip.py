@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from fw_train.checkpoint_files import CheckpointReader, open_checkpoint
 from fw_train.encoders.loading import fill, find, from_diffusers, library, renamed, shape, substitute, weights_hash
+from fw_train.weights.files import CheckpointReader, open_checkpoint
 
 FILE, SUBFOLDER = "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth", "image_encoder"
 HEAD_WIDTH = 80  # of ViT-H

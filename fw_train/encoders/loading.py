@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fw_train.checkpoint_files import CheckpointError, CheckpointReader, listing
+from fw_train.weights.files import CheckpointError, CheckpointReader, listing
 
 
 def library(name: str) -> Any:

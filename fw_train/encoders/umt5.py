@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fw_train.checkpoint_files import CheckpointReader, open_checkpoint
 from fw_train.encoders.loading import fill, find, from_diffusers, library, renamed, shape, substitute, weights_hash
+from fw_train.weights.files import CheckpointReader, open_checkpoint
 
 FILE, SUBFOLDER = "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder"
 TOKENISERS = ("google/umt5-xxl", "tokenizer")  # original, diffusers

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fw_train.batch import LATENT_CHANNELS, latent_frames
-from fw_train.checkpoint_files import open_checkpoint
 from fw_train.encoders.loading import fill, find, from_diffusers, library, renamed, shape, substitute, weights_hash
+from fw_train.weights.files import open_checkpoint
 
 FILE, SUBFOLDER = "Wan2.1_VAE.pth", "vae"
 

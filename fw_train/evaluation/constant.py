@@ -12,7 +12,7 @@ from torch import Tensor
 from fw_train.batch import Batch, Prediction
 from fw_train.build import world_params
 from fw_train.config import Config
-from fw_train.run_data import BatchMaker, open_data
+from fw_train.run.data import BatchMaker, open_data
 
 
 class Size(NamedTuple):

@@ -12,7 +12,7 @@ from fw_train.batch import Batch, Prediction
 from fw_train.evaluation.constant import Size, constant_for
 from fw_train.evaluation.diffusion import BINS, bin_level, bin_name
 from fw_train.evaluation.metrics import GEOMETRY, clip_metrics
-from fw_train.validation import CASES, Case, Tally, diffusion_error, predict
+from fw_train.evaluation.validation import CASES, Case, Tally, diffusion_error, predict
 
 Clips = Iterator[tuple[Batch, bool]]  # one clip each, and whether it counts
 AllSum = Callable[[Tensor], Tensor]

@@ -6,10 +6,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fw_train.batch import Batch, Prediction
-from fw_train.camera_path import CameraPath, path_of_poses
 from fw_train.geometry import decode_pose9
 from fw_train.losses import align
-from fw_train.pictures import Scene
+from fw_train.pictures.camera_path import CameraPath, path_of_poses
+from fw_train.pictures.scene import Scene
 
 SHOWN_POINTS = 20_000
 

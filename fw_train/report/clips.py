@@ -15,12 +15,12 @@ from fw_train.config import Config
 from fw_train.data.expand import expand_video
 from fw_train.evaluation.consistency import square_intrinsics_px
 from fw_train.evaluation.scenes import scene, shown_pixels
+from fw_train.evaluation.validation import JUDGED_LEVEL, predict
 from fw_train.geometry import decode_pose9, unproject
 from fw_train.inference import load_trained
-from fw_train.pictures import Scene
+from fw_train.pictures.scene import Scene
 from fw_train.precision import PRECISIONS
-from fw_train.run_data import BatchMaker, HeldOut
-from fw_train.validation import JUDGED_LEVEL, predict
+from fw_train.run.data import BatchMaker, HeldOut
 
 CLOUD_REACH = 2.0  # points further out along an axis, in radii of the true cloud, are left away
 

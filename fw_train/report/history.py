@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 from fw_train.config import Config, load_config
 from fw_train.inference import CONFIG_NAME
-from fw_train.metrics_file import read_lines
-from fw_train.monitor import METRICS
-from fw_train.run_folder import Status, read_status
+from fw_train.monitoring.metrics_file import read_lines
+from fw_train.monitoring.monitor import METRICS
+from fw_train.run.folder import Status, read_status
 
 
 class Curve(NamedTuple):

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fw_train.colours import DepthScale, depth_picture, depth_scale
-from fw_train.drawing import Picture, png_bytes
-from fw_train.pictures import Scene, camera_sheet
+from fw_train.pictures.colours import DepthScale, depth_picture, depth_scale
+from fw_train.pictures.drawing import Picture, png_bytes
+from fw_train.pictures.scene import Scene, camera_sheet
 from fw_train.report.charts import Series, line_chart
 from fw_train.report.clips import Clip, Cloud, clouds
 from fw_train.report.history import Curve, History

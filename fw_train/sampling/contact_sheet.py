@@ -8,9 +8,21 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fw_train.camera_path import COLOURED, PALE, grid_step, path_of_poses, path_picture
-from fw_train.colours import depth_legend, depth_picture, depth_scale
-from fw_train.drawing import FAINT, SMALL, Panel, Picture, below, beside, fit, framed, labelled, text_picture, wrap
+from fw_train.pictures.camera_path import COLOURED, PALE, grid_step, path_of_poses, path_picture
+from fw_train.pictures.colours import depth_legend, depth_picture, depth_scale
+from fw_train.pictures.drawing import (
+    FAINT,
+    SMALL,
+    Panel,
+    Picture,
+    below,
+    beside,
+    fit,
+    framed,
+    labelled,
+    text_picture,
+    wrap,
+)
 
 SHOWN = 5  # frames
 GAP = 6  # between a frame and its depth

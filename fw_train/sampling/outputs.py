@@ -24,12 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fw_train.camera_files import write_cameras
-from fw_train.colours import depth_picture, depth_scale
-from fw_train.drawing import Picture, gray16_png_bytes, png_bytes
 from fw_train.geometry import Cameras
+from fw_train.pictures.colours import depth_picture, depth_scale
+from fw_train.pictures.drawing import Picture, gray16_png_bytes, png_bytes
+from fw_train.pictures.video_writer import video_writer
 from fw_train.sampling.colmap import colmap_model
 from fw_train.sampling.ply import PointCloud, ply_bytes
-from fw_train.video_writer import video_writer
 
 RECORD = "sample.json"
 MOST_DEPTH = 65_535  # of 16 bits

@@ -12,11 +12,11 @@ from fw_train.cli import main
 from fw_train.commands.eval import names_of
 from fw_train.config import config_hash, load_config
 from fw_train.evaluation.metrics import DIFFUSION, GEOMETRY
+from fw_train.evaluation.validation import validate
 from fw_train.inference import load_trained
 from fw_train.inference import write_config as leave_config
-from fw_train.run_data import BatchMaker, HeldOut
-from fw_train.stage_weights import StageInfo, write_stage_weights
-from fw_train.validation import validate
+from fw_train.run.data import BatchMaker, HeldOut
+from fw_train.weights.stage import StageInfo, write_stage_weights
 from processes import run_command
 
 SIZE = [16, 32]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fw_train.cli import main
-from fw_train.stage_weights import StageInfo, write_stage_weights
+from fw_train.weights.stage import StageInfo, write_stage_weights
 
 
 @pytest.fixture

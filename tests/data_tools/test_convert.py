@@ -28,7 +28,7 @@ from raw_clips import contents, write_clip, write_metadata
 from data_tools.shared_folder import only_writer
 from fw_train.cli import main
 from fw_train.data.schema import video_facts
-from fw_train.video_writer import video_writer
+from fw_train.pictures.video_writer import video_writer
 
 
 @pytest.fixture(scope="session")

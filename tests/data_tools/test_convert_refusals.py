@@ -22,7 +22,7 @@ from foreign_clips import (
 )
 
 from fw_train.cli import main
-from fw_train.video_writer import video_writer
+from fw_train.pictures.video_writer import video_writer
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,10 @@ from raw_clips import clip_labels, contents, make_raw, write_clip, write_metadat
 
 from data_tools import pack, preview
 from data_tools.normals import normal_picture, surface_normals
-from fw_train import camera_path, colours, drawing
 from fw_train.data.manifest import Dataset
 from fw_train.data.shards import ShardError
 from fw_train.geometry import relative_to_first
+from fw_train.pictures import camera_path, colours, drawing
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 

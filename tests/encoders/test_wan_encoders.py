@@ -14,11 +14,11 @@ from wan_encoders import (
     tiny_vae,
 )
 
-from fw_train.checkpoint_files import CheckpointError
 from fw_train.encoders.clip import DEVIATION, MEAN, load_image_encoder
 from fw_train.encoders.latents import load_latent_codec
 from fw_train.encoders.text import load_text_encoder
 from fw_train.encoders.umt5 import clean
+from fw_train.weights.files import CheckpointError
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from fw_train import dist
-from fw_train.checkpoint import load, verify_checkpoint
-from fw_train.checkpoint_fragments import PARTS, read_index
-from fw_train.checkpoint_layout import list_checkpoints
-from fw_train.checkpoint_saver import CheckpointSaver, SaveParams, StageWeights
+from fw_train.checkpoint.fragments import PARTS, read_index
+from fw_train.checkpoint.layout import list_checkpoints
+from fw_train.checkpoint.loading import load, verify_checkpoint
+from fw_train.checkpoint.run_state import RunState, capture_rng, restore_rng
+from fw_train.checkpoint.saver import CheckpointSaver, SaveParams, StageWeights
 from fw_train.engine.base import Fragment
-from fw_train.run_state import RunState, capture_rng, restore_rng
-from fw_train.stage_weights import StageInfo
+from fw_train.weights.stage import StageInfo
 from processes import run_function
 from runs import Run
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from slurm_rig import build_cluster, missing_programs
 from tiny_training import make_data, write_config
 
-from fw_train.run_folder import Status, read_status
+from fw_train.run.folder import Status, read_status
 
 pytestmark = [
     pytest.mark.multinode,

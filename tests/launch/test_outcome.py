@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fw_train.run_folder import RunFolder, read_status
+from fw_train.run.folder import RunFolder, read_status
 from launch.hostfile import Host
 from launch.launch_file import Launch, log_file, read_launch, write_launch
 from launch.messages import Ended, HostLost, Other, Shown, ended, read, shown

@@ -16,7 +16,7 @@ from slurm_rig import build_cluster, missing_programs
 from tiny_training import make_data, write_config
 
 from data_tools import pack
-from fw_train.run_folder import Status, read_status
+from fw_train.run.folder import Status, read_status
 from processes import run_command
 
 pytestmark = [

@@ -11,9 +11,9 @@ from chromium import BINARY, Page
 from test_history import make_run
 
 from fw_train.batch import Prediction
-from fw_train.camera_path import CameraPath
 from fw_train.evaluation.scenes import shown_pixels
-from fw_train.pictures import Scene
+from fw_train.pictures.camera_path import CameraPath
+from fw_train.pictures.scene import Scene
 from fw_train.report.clips import Clip, clouds, unprojected
 from fw_train.report.history import read_history
 from fw_train.report.page import Report, Row, report_html, summary_rows, table_text

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fw_train.camera_files import read_cameras
-from fw_train.drawing import gray16_png_bytes
 from fw_train.geometry import Cameras, invert_rigid
+from fw_train.pictures.drawing import gray16_png_bytes
 from fw_train.sampling.colmap import colmap_model, quaternions
 from fw_train.sampling.outputs import Clip, depth_steps, new_folder, write_clip
 from fw_train.sampling.ply import PointCloud, chosen_points, ply_bytes

@@ -15,11 +15,11 @@ from fw_train.build import base_identity, build_model, trainable_shapes, world_p
 from fw_train.camera_files import read_cameras
 from fw_train.cli import main
 from fw_train.config import config_hash, load_config
-from fw_train.drawing import png_bytes
 from fw_train.encoders.text import load_text_encoder
 from fw_train.inference import write_config
+from fw_train.pictures.drawing import png_bytes
 from fw_train.sampling.trajectories import generated_trajectory, square_pixels
-from fw_train.stage_weights import StageInfo, write_stage_weights
+from fw_train.weights.stage import StageInfo, write_stage_weights
 
 FILES = ["cameras.txt", "colmap", "contact_sheet.png", "depth", "depth.mp4", "points.ply", "sample.json", "video.mp4"]
 SIZE = (32, 48)

@@ -25,7 +25,7 @@ from fw_train.sampling.guidance import Guidance
 from fw_train.sampling.trajectories import camera_inputs, generated_trajectory, square_pixels
 from fw_train.stages import match_rules, stage_rules
 from fw_train.step import StepParams, noised_batch
-from fw_train.weights import seed_geometry
+from fw_train.weights.wan import seed_geometry
 
 SIZE, FRAMES, TURN = (32, 48), 5, 0.3
 SCENES, SEEDS = 2, 3

@@ -1,0 +1,1 @@
+"""Arrays as pictures and films."""

@@ -1,0 +1,1 @@
+"""The parts of one run: its folder, data, parameters, validation, what must stay the same."""

@@ -1,0 +1,53 @@
+"""What must be the same for a run to go on: configuration, base weights, data."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from fw_train.checkpoint.run_state import RunState
+from fw_train.config import Config, ConfigError, to_tree
+from fw_train.data.loader import TrainingData
+from fw_train.run.allowed_changes import compare_configs
+
+DATA_FIELD = "data.sources"
+
+
+def check_configuration(saved: RunState, config: Config, allowed: Collection[str], base: str) -> None:
+    """Refuses what would change the numbers; all reasons in one error."""
+    problems = compare_configs(saved.config, to_tree(config), allowed)
+    if saved.base_hash != base:
+        problems.append(
+            f"weights.base is {_short(base)} now and was {_short(saved.base_hash)}: give the base that the run began with"
+        )
+    if config.train.steps < saved.step:
+        problems.append(f"train.steps={config.train.steps}, and {saved.step} steps are done already")
+    if problems:
+        raise ConfigError(
+            f"step {saved.step} of {config.run.output} cannot be resumed with this configuration: {'; '.join(problems)}; or begin "
+            f"another run with another run.output"
+        )
+
+
+def check_data(state: RunState, data: TrainingData, allowed: Collection[str]) -> None:
+    """Refuses data that would give other samples in another order."""
+    if data.fingerprint == state.data_fingerprint or DATA_FIELD in allowed:
+        return
+    differences = _differences(state.data_facts, data.facts)
+    raise ConfigError(
+        f"the data are not those that the run trained on ({'; '.join(differences) or 'their fingerprints differ'}): put them back, "
+        f"or pass --allow-change {DATA_FIELD} to go on with another order of other samples"
+    )
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name in sorted({*old, *new}):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += _differences(before, after, f"{prefix}{name}: ")
+        elif before != after:
+            found.append(f"{prefix}{name} was {before!r:.120} and is {after!r:.120}")
+    return found
+
+
+def _short(base: str) -> str:
+    return f"{base[:16]}..." if len(base) == 64 else f"'{base}'"

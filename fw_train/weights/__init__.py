@@ -1,0 +1,1 @@
+"""Files of weights: pretrained Wan, those of a stage, safetensors in one pass."""
