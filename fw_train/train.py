@@ -57,7 +57,7 @@ from fw_train.stages import apply_stage, gate_magnitudes, stage_rules
 from fw_train.step import train_step
 from fw_train.watch.fingerprints import Replicas, frozen_fingerprint
 from fw_train.watch.guards import SpikeGuard, Stragglers
-from fw_train.watch.stop import StopRequest
+from fw_train.watch.stop import StopRequest, asked_by
 from fw_train.watch.watcher import Watch
 from fw_train.weights.stage import StageInfo
 
@@ -143,6 +143,10 @@ def train(
         """Whether any rank was, in the phases that have no step to end."""
         return bool(dist.all_max(torch.tensor([float(stop.requested)])) > 0)
 
+    def stopped(step: int, when: str = "") -> Outcome:
+        """The same on every rank, whichever was told."""
+        return Outcome("stopped", step, asked_by(dist.gather_texts(stop.reason)) + when)
+
     # ---------------------------------------------------------------- What the run did before
     watch.beat("looking for a checkpoint")
     accumulate = accumulation_steps(config.train.global_batch, world.size, config.train.micro_batch)
@@ -156,7 +160,7 @@ def train(
         folder.status("running", step, "")
         write_config(output, config)
     if told_to_stop():
-        return Outcome("stopped", step, "before the start")
+        return stopped(step, ", before the start")
 
     # ---------------------------------------------------------------- Data
     watch.beat("opening the data")
@@ -193,7 +197,7 @@ def train(
         if state.rng is not None:
             restore_rng(state.rng)
     if told_to_stop():
-        return Outcome("stopped", step, "before the first step")
+        return stopped(step, ", before the first step")
 
     # ---------------------------------------------------------------- Figures and saves
     version = code_version()
@@ -283,7 +287,7 @@ def train(
 
     # ---------------------------------------------------------------- Steps
     if held_out and step == 0 and (not validate_now(0, diffusion=True) or told_to_stop()):
-        return Outcome("stopped", 0, "before the first step")
+        return stopped(0, ", before the first step")
     unread_total = drawn = 0
     batches = data.batches(
         segments, step, steps, rank=world.rank, world=world.size, micro_batch=config.train.micro_batch
@@ -388,7 +392,7 @@ def train(
     saver.close()
     if step == steps:
         return Outcome("finished", step)
-    return Outcome("stopped", step, stop.reason or "another rank was told to stop")
+    return stopped(step)
 
 
 def _log_as(rank: int) -> None:

@@ -197,7 +197,7 @@ def test_a_signal_on_one_rank_stops_all_after_the_step_saved(server, config, who
     arguments = [config, f"run.output={tmp_path / 'out'}"]
     server.run(arguments, size=2, folder=tmp_path, faults=[Fault("signal", rank, event=event)])
     status = read_status(tmp_path / "out")
-    assert status.state == "stopped"
+    assert (status.state, status.reason) == ("stopped", f"SIGTERM on rank {rank}")
     assert 0 < status.step < STEPS
     assert (tmp_path / "out" / f"step-{status.step}.safetensors").exists()
     server.run(arguments, size=2, folder=tmp_path)
@@ -213,7 +213,7 @@ def test_a_signal_before_the_first_step_stops_too(server, config, data, tmp_path
         faults=[Fault(f"signal in {phase}", 1)],
     )
     assert [outcome.returncode for outcome in run.wait(60)] == [0, 0]
-    assert read_status(tmp_path / "out") == ("stopped", 0, "before the first step")
+    assert read_status(tmp_path / "out") == ("stopped", 0, "SIGTERM on rank 1, before the first step")
 
 
 def test_a_folder_that_is_in_use_is_refused(server, config, tmp_path):

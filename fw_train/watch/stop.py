@@ -4,12 +4,14 @@ import logging
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
 log = logging.getLogger(__name__)
 
 LOOK_S = 1.0  # between two looks for the file
+FILE_SAYS = "the file "  # launch/slurm/common.sh looks for it
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -31,7 +33,7 @@ class StopRequest:
         if not self.reason and self.folder is not None and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + LOOK_S
             if os.path.exists(self.folder / "stop"):
-                self.reason = f"the file {self.folder / 'stop'}"
+                self.reason = f"{FILE_SAYS}{self.folder / 'stop'}"
         return bool(self.reason)
 
     def close(self) -> None:
@@ -55,3 +57,12 @@ class StopRequest:
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
         self.reason = self.reason or signal.Signals(number).name
+
+
+def asked_by(reasons: Sequence[str]) -> str:
+    """Why the ranks stop, of what each was told: the file before any signal, for then the run shall not go on by itself."""
+    for reason in reasons:
+        if reason.startswith(FILE_SAYS):
+            return reason
+    told = [f"{reason} on rank {rank}" for rank, reason in enumerate(reasons) if reason]
+    return told[0] if told else ""

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from fw_train.watch import stop as stop_module
-from fw_train.watch.stop import StopRequest
+from fw_train.watch.stop import StopRequest, asked_by
 
 PHASES = """
 import os, signal, sys, time
@@ -94,3 +94,15 @@ def test_a_file_asks_too_and_goes_once_it_is_heeded(tmp_path, monkeypatch):
         assert stop.requested
         assert stop.reason == f"the file {tmp_path / 'stop'}"
     assert not (tmp_path / "stop").exists()
+
+
+@pytest.mark.parametrize(
+    ("reasons", "asked"),
+    [
+        (["", "SIGUSR1", "SIGTERM"], "SIGUSR1 on rank 1"),
+        (["SIGTERM", "", "the file runs/stop"], "the file runs/stop"),
+        (["", ""], ""),
+    ],
+)
+def test_a_file_counts_before_any_signal_whichever_rank_saw_it(reasons, asked):
+    assert asked_by(reasons) == asked
