@@ -55,3 +55,9 @@ def test_attention_by_hand():
     scores = torch.einsum("blhd,bshd->bhls", q, k) / 8**0.5
     expected = torch.einsum("bhls,bshd->blhd", scores.softmax(-1), v)
     torch.testing.assert_close(attention.attend(q, k, v), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cpu_attends_in_fp32_and_rounds_once(dtype):
+    q, k, v = (torch.randn(2, n, 3, 8, generator=torch.Generator().manual_seed(n)).to(dtype) for n in (5, 7, 7))
+    assert torch.equal(attention.attend(q, k, v), attention.attend(q.float(), k.float(), v.float()).to(dtype))
