@@ -1,7 +1,7 @@
 """Train a stage: data, network, engine, then steps with their checkpoints, guards and figures, until done or told to stop.
 
     fw train configs/demo.yaml                                                  (one process)
-    deepspeed --hostfile HOSTS --no_local_rank --module fw_train.train configs/stage1.yaml train.steps=20000
+    deepspeed --no_local_rank --module fw_train.train configs/stage1.yaml      (one host; several: launch/stage1.sh HOSTFILE)
     torchrun --nproc-per-node 8 -m fw_train.train configs/stage1.yaml
     srun python -m fw_train.train configs/stage1.yaml
 

@@ -50,16 +50,16 @@ make_data held_out 24 1
 
 # Minutes for what takes days at full size. Stage 1 hides the camera nearly always and trains at low noise, so that the branch
 # learns to find it; stage 2 hides the text half of the time, so that the path is needed to know where a clip goes.
-base=$out/stage0/step-1500.safetensors
+base=$out/stage0/step-1200.safetensors
 one=$out/stage1/step-350.safetensors
 two=$out/stage2/step-150.safetensors
-train stage0 1500 train.learning_rate=5e-3 run.validate_every_steps=500
+train stage0 1200 train.learning_rate=5e-3 run.validate_every_steps=500
 train stage1 350 "weights.base=$base" train.learning_rate=2e-3 train.camera_drop=0.95 flow.shift=0.25 loss.camera_weight=100
 train stage2 150 "weights.base=$base" "weights.init_from=$one" train.learning_rate=2e-3 train.text_drop=0.5
 
 if [ ! -e "$out/eval/eval.json" ]; then
     say "evaluation on $data/held_out, which no stage has seen"
-    fw eval "$one" "$two" "$data/held_out" --output "$out/eval"
+    OMP_NUM_THREADS=$(nproc) fw eval "$one" "$two" "$data/held_out" --output "$out/eval"
 fi
 if [ ! -e "$out/clip/sample.json" ]; then
     say "a clip from stage 2"
