@@ -51,18 +51,21 @@ def test_a_size_that_nobody_trained_on_is_an_error():
         constant_for({}, CLIPS[0])
 
 
-def test_every_nth_clip_is_counted(tmp_path):
+def test_every_nth_clip_is_counted(tmp_path, monkeypatch):
     config = load_config(write_config(tmp_path / "c.yaml", make_data(tmp_path, clips=6), tmp_path / "out"))
-    counted = []
+    counted, steps = [], []
+    add = MeanLabels.add
+    monkeypatch.setattr(MeanLabels, "add", lambda self, batch: counted.append(batch.keys[0]) or add(self, batch))
 
     def means(clips):
-        counted.clear()
         return mean_labels(
-            config, clips, rank=0, world=1, all_sum=lambda value: value, progress=lambda *at: counted.append(at)
+            config, clips, rank=0, world=1, all_sum=lambda value: value, progress=lambda *at: steps.append(at)
         )
 
     (size,) = means(None)
     assert size == (5, 32, 48)
-    assert counted == [(done, 6) for done in range(6)]
+    assert counted == [f"clip{number:02}" for number in range(6)]
+    assert steps == [(done, 6) for done in range(6)]
+    counted.clear()
     means(3)
-    assert counted == [(done, 3) for done in range(3)]
+    assert counted == ["clip00", "clip02", "clip04"]
