@@ -1,6 +1,7 @@
 """Camera paths around the synthetic stage: orbit, dolly, pan, crane, handheld."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -30,9 +31,9 @@ class CameraPath(NamedTuple):
     sway_phase: tuple[Vector, ...]
 
 
-def sample_path(rng: np.random.Generator) -> CameraPath:
+def sample_path(rng: np.random.Generator, kinds: Sequence[PathKind] = PATH_KINDS) -> CameraPath:
     """A path whose cameras all stay outside a circle of 3.4 m and inside one of 6.2 m around the middle of the stage."""
-    kind = PATH_KINDS[rng.integers(len(PATH_KINDS))]
+    kind = kinds[int(rng.integers(len(kinds)))]
     side = 1.0 if rng.random() < 0.5 else -1.0
     largest = {
         "orbit": rng.uniform(0.6, 1.2),

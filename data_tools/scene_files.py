@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from data_tools.paths import PATH_KINDS, PathKind
 from data_tools.scene_render import View, camera_directions, render_colour, render_labels
-from data_tools.scenes import caption, sample_scene, surfaces_at, views
+from data_tools.scenes import Scene, caption, sample_scene, surfaces_at, views
 from fw_train.camera_files import write_cameras
 from fw_train.geometry import Cameras, invert_rigid, relative_to_first
 from fw_train.pictures.video_writer import video_writer
@@ -30,6 +31,11 @@ class Settings:
     seed: int
     moving: float
     sky: float
+    paths: tuple[PathKind, ...] = PATH_KINDS
+    camera_words: bool = True  # captions say what the camera does
+
+    def scene(self, index: int) -> Scene:
+        return sample_scene(self.seed, index, self.moving, self.sky, self.paths)
 
     def size(self, index: int) -> tuple[int, int]:
         return self.sizes[index % len(self.sizes)]
@@ -56,7 +62,7 @@ def write_scene(out: Path, settings: Settings, index: int) -> None:
     depth.mkdir()
     points.mkdir()
 
-    scene = sample_scene(settings.seed, index, settings.moving, settings.sky)
+    scene = settings.scene(index)
     clip = views(scene, settings.frames, settings.fps, *settings.size(index))
     first_from_cam = camera_track(clip)
     with video_writer(video, settings.fps, *settings.size(index)) as add_picture:
@@ -95,11 +101,11 @@ def points_in_first(
 
 def metadata_record(settings: Settings, index: int) -> dict[str, Any]:
     """What metadata.json says about a scene."""
-    scene = sample_scene(settings.seed, index, settings.moving, settings.sky)
+    scene = settings.scene(index)
     height, width = settings.size(index)
     return {
         "id": settings.scene_id(index),
-        "caption": caption(scene, settings.frames, settings.fps, height, width),
+        "caption": caption(scene, settings.frames, settings.fps, height, width, camera=settings.camera_words),
         "fps": settings.fps,
         "width": width,
         "height": height,

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data_tools.paths import CameraPath, describe_path, sample_path, stage_from_cam, stage_right
+from data_tools.paths import PATH_KINDS, CameraPath, PathKind, describe_path, sample_path, stage_from_cam, stage_right
 from data_tools.scene_render import Light, Surface, View, render_labels
 from data_tools.scene_shapes import Box, Level, Sphere, Vector
 from data_tools.scene_textures import Pattern, Texture
@@ -89,13 +89,13 @@ class Scene(NamedTuple):
     place: str
 
 
-def sample_scene(seed: int, index: int, moving: float, sky: float) -> Scene:
+def sample_scene(seed: int, index: int, moving: float, sky: float, paths: Sequence[PathKind] = PATH_KINDS) -> Scene:
     """Scene `index` of the series `seed`; it has moving objects, or a sky without depth, with these probabilities."""
     rng = np.random.default_rng((seed, index))
     moves, open_sky = rng.random(2) < (moving, sky)
     others: tuple[Surroundings, ...] = ("room", "courtyard", "dome")
     kind: Surroundings = "sky" if open_sky else others[rng.integers(len(others))]
-    path = sample_path(rng)
+    path = sample_path(rng, paths)
     surroundings, light, place = _sample_surroundings(rng, kind, path.azimuth_rad)
     objects = _sample_objects(rng, moves, path.azimuth_rad)
     return Scene(surroundings, objects, light, path, math.radians(rng.uniform(42, 52)), place)
@@ -113,8 +113,8 @@ def views(scene: Scene, frames: int, fps: float, height: int, width: int) -> lis
     return [View(pose, focal_px, height, width) for pose in stage_from_cam(scene.path, frames, fps)]
 
 
-def caption(scene: Scene, frames: int, fps: float, height: int, width: int) -> str:
-    """A sentence that names the objects that can be seen, what moves and what the camera does."""
+def caption(scene: Scene, frames: int, fps: float, height: int, width: int, *, camera: bool = True) -> str:
+    """A sentence that names the objects that can be seen, what moves and, unless it leaves that out, what the camera does."""
     scale = 48 / max(height, width)
     small = (max(2, round(height * scale)), max(2, round(width * scale)))
     seen = np.zeros(len(scene.objects), bool)
@@ -127,7 +127,8 @@ def caption(scene: Scene, frames: int, fps: float, height: int, width: int) -> s
     named = [thing for thing, visible in zip(scene.objects, seen, strict=True) if visible]
     things = _listed([f"{'an' if thing.name[0] in 'aeiou' else 'a'} {thing.name}" for thing in named]) or "nothing"
     motions = [f"the {thing.name} {thing.motion.phrase}" for thing in named if thing.motion.rest != "still"]
-    sentence = ", ".join([f"{things} {scene.place}", *motions, describe_path(scene.path)])
+    path = [describe_path(scene.path)] if camera else []
+    sentence = ", ".join([f"{things} {scene.place}", *motions, *path])
     return sentence[0].upper() + sentence[1:] + "."
 
 

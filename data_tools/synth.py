@@ -3,6 +3,7 @@
     fw data synth data/raw --scenes 200
     fw data synth data/raw --scenes 40 --frames 81 --size 336x592 --both-orientations --workers 16
     fw data synth data/raw --scenes 40 --moving 1 --sky 0 --seed 7
+    fw data synth data/raw --scenes 40 --path pan --path orbit --no-camera-words
 
 Scenes are textured spheres and boxes on a floor, in a room, before a wall, under a painted dome or under an open sky; cameras
 orbit, dolly, pan, rise or are held by hand. The folder gets `metadata.json`, `videos/ID.mp4`, `depth/ID/frame_0000.npy`
@@ -28,6 +29,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
+from data_tools.paths import PATH_KINDS
 from data_tools.scene_files import UNFINISHED_NAME, Settings, is_finished, metadata_record, write_scene
 from data_tools.shared_folder import only_writer
 from fw_train.atomic_files import clear_partial, write_file
@@ -53,6 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--sky", type=float, default=0.2, metavar="FRACTION", help="probability of an open sky without depth (0.2)"
+    )
+    parser.add_argument(
+        "--path", action="append", choices=PATH_KINDS, help="kind of camera path (all); repeat it for several"
+    )
+    parser.add_argument(
+        "--no-camera-words",
+        action="store_true",
+        help="captions do not say what the camera does: a network has to learn it from the paths",
     )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (all processors)")
 
@@ -106,7 +116,18 @@ def _settings(args: argparse.Namespace) -> Settings:
     sizes = args.size or [(64, 96)]
     if args.both_orientations:
         sizes = [turned for height, width in sizes for turned in ((height, width), (width, height))]
-    return Settings(args.scenes, args.frames, tuple(sizes), args.fps, args.seed, args.moving, args.sky)
+    paths = tuple(dict.fromkeys(args.path or PATH_KINDS))
+    return Settings(
+        args.scenes,
+        args.frames,
+        tuple(sizes),
+        args.fps,
+        args.seed,
+        args.moving,
+        args.sky,
+        paths,
+        not args.no_camera_words,
+    )
 
 
 def _agree_on_settings(out: Path, settings: Settings) -> None:

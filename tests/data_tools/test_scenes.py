@@ -185,6 +185,19 @@ def test_captions_name_what_can_be_seen_and_only_that():
                 assert f"the {thing.name} {thing.motion.phrase}" in text
 
 
+def test_paths_are_of_the_kinds_that_are_asked_for():
+    kinds = {sample_scene(0, index, 0, 0, ("pan", "orbit")).path.kind for index in range(20)}
+    assert kinds == {"pan", "orbit"}
+    assert {sample_scene(0, index, 0, 0).path.kind for index in range(40)} == set(PATH_KINDS)
+
+
+def test_a_caption_may_leave_out_what_the_camera_does():
+    for index in range(3):
+        scene = sample_scene(0, index, 1.0, 0.0)
+        full, silent = caption(scene, FRAMES, FPS, *SIZE), caption(scene, FRAMES, FPS, *SIZE, camera=False)
+        assert full == f"{silent[:-1]}, {describe_path(scene.path)}."
+
+
 def test_a_caption_reads_as_written():
     assert caption(sample_scene(0, 2, 1.0, 0.0), 17, 16, 64, 96) == (
         "A turquoise checkered box, a blue striped box and a red spotted sphere on a checkered floor in a room with brick walls, "

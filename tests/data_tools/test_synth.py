@@ -102,6 +102,15 @@ def test_depth_points_and_cameras_agree(raw):
         np.testing.assert_array_equal(points[0, ..., 2][valid[0]], depth[0][valid[0]])
 
 
+def test_the_command_chooses_paths_and_what_captions_say(tmp_path):
+    assert make(tmp_path / "raw", "--scenes", 2, "--workers", 1, "--path", "pan", "--no-camera-words") == 0
+    for index, record in enumerate(records(tmp_path / "raw")):
+        assert sample_scene(0, index, 0.5, 0.5, ("pan",)).place in record["caption"]
+        assert "the camera pans" not in record["caption"]
+        cameras = read_cameras(tmp_path / "raw" / "camera_params" / f"{record['id']}.txt", frames=5)
+        torch.testing.assert_close(cameras.cam_from_world[:, :3, 3], torch.zeros(5, 3).double())
+
+
 def test_some_scenes_have_a_sky_without_depth_and_the_others_depth_everywhere(raw):
     open_sky = ["open sky" in record["caption"] for record in records(raw)]
     without = [np.isnan(labels(raw, record)[0]).any() for record in records(raw)]
