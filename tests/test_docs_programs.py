@@ -163,7 +163,7 @@ def write_demo_outputs(folder):
         assert main(words.split()) == 0
     for stage, step, weights in (
         ("stage1", 350, {}),
-        ("stage2", 150, {"init_from": demo / "stage1/step-350.safetensors"}),
+        ("stage2", 200, {"init_from": demo / "stage1/step-350.safetensors"}),
     ):
         checkpoint = trained(demo / stage, stage, **weights)
         checkpoint.rename(checkpoint.with_name(f"step-{step}.safetensors"))
