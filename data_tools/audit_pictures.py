@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_tools.audit_checks import Float, grid_labels
+from data_tools.audit_checks import grid_labels
 from data_tools.audit_clip import Limits, decode_clip, diagnose_clip
 from data_tools.audit_geometry import Labels, attempt, relative_errors
 from data_tools.preview import video_pictures
@@ -20,6 +20,7 @@ from fw_train.data.manifest import Dataset
 from fw_train.data.schema import VIDEO
 from fw_train.geometry import relative_to_first
 from fw_train.pictures import colours
+from fw_train.pictures.camera_path import CameraPath, path_of_poses
 from fw_train.pictures.drawing import Picture
 
 PICTURED = 4
@@ -35,18 +36,11 @@ class Row(NamedTuple):
     pictures: tuple[bytes, ...]  # JPEG
 
 
-class Path(NamedTuple):
-    """Cameras from above: places and view directions (x to the right, z ahead) in the first camera's frame."""
-
-    centres: Float  # [T, 2]
-    ahead: Float  # [T, 2]
-
-
 class ClipPictures(NamedTuple):
     frames: tuple[int, ...]
     rows: tuple[Row, ...]
-    path: Path  # as given
-    repaired: Path | None  # some frames of it, where the mistake that was found is about it
+    path: CameraPath  # in the first camera's frame, as given
+    repaired: CameraPath | None  # some frames of it, where the mistake that was found is about it
 
 
 def draw_clip(dataset: Dataset, row: int, limits: Limits) -> ClipPictures:
@@ -107,6 +101,5 @@ def _error_pictures(labels: Labels, size: Sequence[int]) -> list[Picture]:
     ]
 
 
-def _path(cam_from_world: torch.Tensor) -> Path:
-    first_from_cam = relative_to_first(cam_from_world).numpy()
-    return Path(first_from_cam[:, (0, 2), 3], first_from_cam[:, (0, 2), 2])
+def _path(cam_from_world: torch.Tensor) -> CameraPath:
+    return path_of_poses(relative_to_first(cam_from_world).numpy())

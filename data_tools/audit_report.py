@@ -7,10 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 from html import escape
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_tools.audit_checks import FAULTS, Float, percent
 from data_tools.audit_clip import ClipAudit, ClipFacts
-from data_tools.audit_pictures import ERRORS, ClipPictures, Path, error_colours
+from data_tools.audit_pictures import ERRORS, ClipPictures, error_colours
+from data_tools.preview import height_text, length_text, smallest_shown, unit_of
+from fw_train.pictures.camera_path import CameraPath
 
 MAP, PADDING, WEDGE = 240, 26, 13  # units of the drawing of a path
 CHART_WIDTH, CHART_HEIGHT = 320, 34
@@ -103,11 +106,12 @@ def _body(facts: ClipFacts, pictures: ClipPictures) -> str:
         + "</tr>"
         for row in pictures.rows
     )
+    path = _path_svg(pictures.path, pictures.repaired, info.scene_scale, unit_of(info))
     caption = f"<q>{escape(info.caption)}</q>" if info.caption else "(no caption)"
     return (
         f'<p class="caption">{caption}<br><span>{escape(text)}</span></p><div class="evidence">'
         f'<div class="wide sheet"><table><thead><tr><th></th>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
-        f'<div class="side">{_path_svg(pictures.path, pictures.repaired)}{_charts(facts)}</div></div>'
+        f'<div class="side">{path}{_charts(facts)}</div></div>'
     )
 
 
@@ -143,28 +147,33 @@ def _chart(label: str, values: Float, unit: str) -> str:
     )
 
 
-def _path_svg(given: Path, repaired: Path | None) -> str:
+def _path_svg(given: CameraPath, repaired: CameraPath | None, scene_scale: float, unit: str) -> str:
     """Cameras from above, x to the right and z up, with triangles along their view; the repaired path is dashed."""
-    paths = [given] if repaired is None else [given, repaired]
-    places = np.concatenate([path.centres for path in paths])
+    paths = {"given": given} if repaired is None else {"given": given, "repaired": repaired}
+    places = np.concatenate([path.centres[:, (0, 2)] for path in paths.values()])
     low, high = places.min(axis=0), places.max(axis=0)
-    reach = max(float((high - low).max()), 1e-9)
+    reach = max(float((high - low).max()), smallest_shown([*paths.values()], scene_scale))
+    shown = reach * MAP / (MAP - 2 * PADDING)
 
-    def to_map(at: Float) -> Float:
-        return MAP / 2 + (at - (low + high) / 2) * ((MAP - 2 * PADDING) / reach) * np.array((1, -1))
+    def to_map(at: NDArray[np.floating]) -> NDArray[np.floating]:
+        return MAP / 2 + (at - (low + high) / 2) * (MAP / shown) * np.array((1, -1))
 
     drawn = "".join(
-        _track(to_map(path.centres), path.ahead, kind) for path, kind in zip(paths, ("given", "repaired"), strict=False)
+        _track(to_map(path.centres[:, (0, 2)]), path.forward[:, (0, 2)], kind) for kind, path in paths.items()
     )
-    length = np.linalg.norm(np.diff(given.centres, axis=0), axis=1).sum()
-    legend = "" if repaired is None else "dashed: repaired, "
+    facts = "".join(
+        f"<div>{'' if repaired is None else f'{kind}: '}length {length_text(path)}{unit}, "
+        f"height {height_text(path)}{unit}</div>"
+        for kind, path in paths.items()
+    )
+    dashed = "" if repaired is None else "dashed: repaired, "
     return (
-        f"<figure><figcaption>camera from above<span>{legend}length {length:.3g}</span></figcaption>"
-        f'<svg viewBox="0 0 {MAP} {MAP}" class="map">{drawn}</svg></figure>'
+        f"<figure><figcaption>camera from above<span>{dashed}{shown:.3g}{unit} wide</span></figcaption>"
+        f'<svg viewBox="0 0 {MAP} {MAP}" class="map">{drawn}</svg><div class="facts">{facts}</div></figure>'
     )
 
 
-def _track(places: Float, ahead: Float, kind: str) -> str:
+def _track(places: NDArray[np.floating], ahead: NDArray[np.floating], kind: str) -> str:
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     wedges = ""
     for t in np.linspace(0, len(places) - 1, min(5, len(places))).astype(int):
@@ -248,6 +257,7 @@ figcaption span{color:var(--faint);text-align:right}
 .map polyline{fill:none;stroke-width:2}.map polygon{stroke:none;opacity:.45}
 .given polyline{stroke:var(--given)}.given polygon,.given circle{fill:var(--given)}
 .repaired polyline{stroke:var(--repaired);stroke-dasharray:5 4}.repaired polygon,.repaired circle{fill:var(--repaired)}
+.facts{color:var(--faint);font-size:13px}
 .map .first{fill:var(--card);stroke:var(--ink);stroke-width:2}
 .chart{display:block;width:100%;height:34px}.chart path{fill:var(--given)}
 code{font:0.92em ui-monospace,monospace}

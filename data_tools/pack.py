@@ -92,6 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     settings = Settings(args.preset, args.frames, args.shard_size)
     task = args.task or slurm_task(os.environ) or Task(1, 1)
+    schema.refuse_url(args.out)
     plans = plan_shards(args.raw, settings)
     args.out.mkdir(parents=True, exist_ok=True)
     strangers = sorted(set(iter_shards(args.out)) - {plan.name for plan in plans})

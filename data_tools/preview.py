@@ -127,6 +127,28 @@ def video_pictures(data: bytes, chosen: Sequence[int], where: str) -> NDArray[np
     raise SchemaError(f"{where} ends before frame {chosen[len(pictures)]}; pack the clip again")
 
 
+def smallest_shown(paths: Sequence[camera_path.CameraPath], scene_scale: float) -> float:
+    """The length that paths are shown at least as large as: else cameras that rise would seem to rush along the ground."""
+    rises = [highest - lowest for lowest, highest in map(camera_path.heights, paths)]
+    return max(SMALLEST_PATH * scene_scale, *rises)
+
+
+def length_text(path: camera_path.CameraPath) -> str:
+    """The length along the path, height included."""
+    return f"{np.linalg.norm(np.diff(path.centres, axis=0), axis=1).sum().round(6):.3g}"
+
+
+def height_text(path: camera_path.CameraPath) -> str:
+    """What the view from above does not show."""
+    lowest, highest = (round(height, 3) + 0.0 for height in camera_path.heights(path))  # no -0
+    return f"{lowest:g} to {highest:g}"
+
+
+def unit_of(info: SampleInfo) -> str:
+    """What follows a length of the clip."""
+    return " m" if info.depth_kind == "metric" else ""
+
+
 def draw(preview: Preview) -> drawing.Picture:
     """The whole sheet."""
     scale = colours.depth_scale(preview.depth, preview.depth_valid)
@@ -135,7 +157,7 @@ def draw(preview: Preview) -> drawing.Picture:
         for n in range(len(preview.chosen))
     ]
     panel_width = (rows[0].shape[1] - 2 * drawing.MARGIN) // 3
-    unit = _unit(preview.info)
+    unit = unit_of(preview.info)
     legends = [
         drawing.blank(1, panel_width),
         colours.depth_legend(scale, panel_width, unit),
@@ -164,18 +186,15 @@ def _row(preview: Preview, number: int, scale: colours.DepthScale) -> list[drawi
 
 def _path(preview: Preview, size: int) -> drawing.Picture:
     """The camera's path and what it says in numbers."""
-    smallest = SMALLEST_PATH * preview.info.scene_scale
-    centres, unit = preview.first_from_cam[:, :3, 3], _unit(preview.info)
-    length = np.linalg.norm(np.diff(centres, axis=0), axis=1).sum()
-    up = 0.0 - centres[:, 1]  # no -0
-    paths = [camera_path.path_of_poses(preview.first_from_cam)]
+    paths, unit = [camera_path.path_of_poses(preview.first_from_cam)], unit_of(preview.info)
+    smallest = smallest_shown(paths, preview.info.scene_scale)
     picture = camera_path.path_picture(paths, preview.chosen, size, smallest)
     step = camera_path.grid_step(paths, size, smallest)
     lines = [
         "x to the right, z up",
         f"grid {step:g}{unit}",
-        f"path length {length:.3g}{unit}",
-        f"height {up.min():.2f} to {up.max():.2f}{unit}",
+        f"path length {length_text(paths[0])}{unit}",
+        f"height {height_text(paths[0])}{unit}",
         "ring: first camera",
     ]
     panel = drawing.labelled(drawing.Panel("camera from above", picture))
@@ -185,7 +204,7 @@ def _path(preview: Preview, size: int) -> drawing.Picture:
 def _title(info: SampleInfo, width: int) -> list[drawing.Picture]:
     facts = (
         f"{info.height}x{info.width} (height x width), {info.frames} frames at {info.fps:g} fps, depth {info.depth_kind}, "
-        f"scene scale {info.scene_scale:.4g}{_unit(info)}" + (f", source {info.source}" if info.source else "")
+        f"scene scale {info.scene_scale:.4g}{unit_of(info)}" + (f", source {info.source}" if info.source else "")
     )
     styles = (
         (info.key, drawing.LARGE, 2, drawing.WHITE),
@@ -204,10 +223,6 @@ def _letters(names: NDArray[np.bytes_]) -> NDArray[np.uint8]:
 def _common_prefix(letters: NDArray[np.uint8], wanted: NDArray[np.uint8]) -> NDArray[np.int64]:
     """How many letters each row [N, L] begins with as `wanted` [1, L] does."""
     return np.logical_and.accumulate(letters == wanted, axis=1).sum(axis=1)
-
-
-def _unit(info: SampleInfo) -> str:
-    return " m" if info.depth_kind == "metric" else ""
 
 
 def _count(text: str) -> int:

@@ -92,6 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 def verify(folder: Path, fast: bool = False, workers: int = 1) -> Found:
     """All problems of a dataset, sorted by file."""
+    schema.refuse_url(folder)
     if not folder.is_dir():
         raise ShardError(f"no folder {folder}")
     problems: list[Problem] = []

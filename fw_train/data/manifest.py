@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from fw_train.atomic_files import write_file
 from fw_train.data.codec_format import PresetName
-from fw_train.data.schema import KEY_LENGTH, SUFFIXES, VERSION, Bucket
+from fw_train.data.schema import KEY_LENGTH, SUFFIXES, VERSION, Bucket, refuse_url
 from fw_train.data.shards import SHARD_NAME, IndexedSample, Member, ShardError, ShardFiles, sort_key
 from fw_train.data.strict_json import SchemaError, read_json, read_record
 
@@ -274,6 +274,7 @@ def write_dataset_files(folder: Path, files: DatasetFiles) -> None:
 
 def read_manifest(folder: Path) -> Manifest:
     """The checked manifest of a dataset."""
+    refuse_url(folder)
     path = folder / MANIFEST
     if not path.is_file():
         raise ShardError(f"{path} is missing; `fw data pack` writes it when all shards are there")

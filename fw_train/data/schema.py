@@ -37,6 +37,7 @@ KEY_LENGTH = 80  # with the longest suffix a name fits a plain tar header
 KEY = re.compile(rf"[A-Za-z0-9_-]{{1,{KEY_LENGTH}}}")
 SIZE_STEP = 16  # pixels per token: the VAE's 8 times the patch's 2
 
+_URL = re.compile(r"(pipe|file):|[a-z][a-z0-9+.-]+:/", re.IGNORECASE)  # as a path shows it, with one slash of two
 _FRAME_FILE = re.compile(r"frame_(\d{4,})\.npy")
 _FLOATS = tuple(np.dtype(name) for name in ("<f2", "<f4", "<f8"))
 _BUCKET = re.compile(r"([1-9]\d{0,5})x([1-9]\d{0,5})x([1-9]\d{0,5})")
@@ -177,8 +178,17 @@ def camera_path(raw: Path, clip_id: str) -> Path:
     return raw / "camera_params" / f"{clip_id}.txt"
 
 
+def refuse_url(folder: Path) -> None:
+    """Data lies in folders; the name of a new one that looks like a URL was not meant as that."""
+    if _URL.match(str(folder)) and not folder.exists():
+        raise SchemaError(
+            f"{folder} is a URL, not a folder; mount what it refers to, or copy it to a disk and give that path"
+        )
+
+
 def read_metadata(raw: Path) -> list[Any]:
     """The entries of the folder's `metadata.json`, not yet checked one by one."""
+    refuse_url(raw)
     path = metadata_path(raw)
     if not path.is_file():
         raise SchemaError(f"no {path}; a raw folder has metadata.json beside videos, depth, points and camera_params")

@@ -77,6 +77,12 @@ def path_picture(
     return picture
 
 
+def heights(path: CameraPath) -> tuple[float, float]:
+    """The least and the greatest height of a path's cameras."""
+    up = -path.centres[:, 1]
+    return float(up.min()), float(up.max())
+
+
 def grid_step(paths: Sequence[CameraPath], size: int, smallest: float) -> float:
     """The distance between grid lines of `path_picture`: 1, 2 or 5 times a power of ten."""
     wanted = size / _pixels_per_unit(paths, size, smallest) / 8

@@ -222,13 +222,18 @@ def test_the_part_of_a_rank_is_contiguous_over_its_micro_steps() -> None:
     assert parts == [slice(6, 8), slice(8, 10), slice(10, 12)]
 
 
-def test_moving_from_64_to_112_ranks_in_mid_pass_changes_nothing() -> None:
-    order = SampleOrder(5, [Stream("a", 5_000, 1.0)], [(0, 448)])
+@given(seeds, st.lists(st.integers(1, 20), min_size=2, max_size=2).map(sorted))
+@settings(max_examples=15, deadline=None)
+def test_moving_from_64_to_112_ranks_and_on_to_8_at_any_step_changes_nothing(seed: int, moves: list[int]) -> None:
+    order = SampleOrder(seed, [Stream("a", 3_000, 1.0)], [(0, 448)])  # a pass takes 6.7 steps
+    first, second = moves
     moved = (
-        train(order, range(4), 64, 7, 1) + train(order, range(4, 8), 112, 2, 2) + train(order, range(8, 24), 8, 1, 56)
+        train(order, range(first), 64, 7, 1)
+        + train(order, range(first, second), 112, 2, 2)
+        + train(order, range(second, 22), 8, 28, 2)
     )
-    assert moved == steps_of(order, range(24))
-    assert sorted([i for _, ids, _ in moved for i in ids][:5_000]) == list(range(5_000))
+    assert moved == steps_of(order, range(22))
+    assert_exactly_once_per_pass(order, range(22))
 
 
 @given(seeds, st.integers(1, 30))

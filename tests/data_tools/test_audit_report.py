@@ -10,7 +10,8 @@ from faulty_clips import command, make_faulty
 
 from data_tools import audit
 from data_tools.audit_pictures import ERRORS, error_colours, jpeg_bytes
-from data_tools.audit_report import report_html
+from data_tools.audit_report import MAP, PADDING, report_html
+from fw_train.pictures.camera_path import CameraPath
 
 VOID = {"meta", "img", "br", "path", "polygon", "polyline", "circle"}
 
@@ -101,6 +102,31 @@ def test_text_from_the_data_is_only_text(faulty):
     assert "<script" not in text
     assert "<script>alert(1)</script>" in "".join(Page(text).said)
     assert "Audit of <i>" in "".join(Page(text).said)
+
+
+def shown_path(faulty, centres):
+    """The card of a healthy clip as if its cameras had been at `centres`, and the sides of the drawn path, of 240."""
+    limits = audit.Limits(0.1, 0.05)
+    path = CameraPath(np.array(centres), np.tile((0.0, 0, 1), (len(centres), 1)))
+    pictures = {1: audit.draw(faulty, [1], limits)[1]._replace(path=path)}
+    text = report_html("x", audit.audit(faulty, [1], limits), pictures, [])
+    (line,) = re.findall(r'<polyline points="([^"]*)"', text)
+    return text, np.ptp([[float(number) for number in place.split(",")] for place in line.split()], axis=0)
+
+
+def test_a_camera_that_rises_is_not_drawn_as_one_that_goes_far(faulty):
+    text, sides = shown_path(faulty, [(0, 0, 0), (0, -0.5, 0.02), (0, -1, 0.05)])
+    np.testing.assert_allclose(sides, (0, 0.05 * (MAP - 2 * PADDING)), atol=0.2)
+    assert "length 1 m, height 0 to 1 m" in text
+    assert "1.28 m wide" in text
+
+
+def test_a_camera_that_stands_still_is_drawn_as_standing(faulty):
+    text, sides = shown_path(faulty, [(0, 0, 0), (1e-15, 1e-15, 0), (0, 0, -1e-15)])
+    assert (sides < 0.1).all()
+    assert "length 0 m, height 0 to 0 m" in text
+    _, sides = shown_path(faulty, [(0, 0, 0), (1, 0.25, 0), (2, 0.5, 1)])
+    np.testing.assert_allclose(sides, np.array((1, 0.5)) * (MAP - 2 * PADDING), atol=0.2)
 
 
 def test_a_clean_dataset_is_said_to_be_clean(faulty):

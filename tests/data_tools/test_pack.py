@@ -1,12 +1,7 @@
 import argparse
 import json
 import os
-import random
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -392,74 +387,6 @@ def test_unknown_metadata_is_named(tmp_path, caplog):
     write_metadata(raw, [write_clip(raw, "a", seed=3)])
     assert run_pack(raw, tmp_path / "out") == 0
     assert "seed (1 clips)" in caplog.text
-
-
-def packing_child(raw, out, words):
-    child = os.fork()
-    if child == 0:
-        try:
-            os._exit(run_pack(raw, out, *words))
-        finally:
-            os._exit(99)
-    return child
-
-
-def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path):
-    raw, out = tmp_path / "raw", tmp_path / "out"
-    make_raw(raw, clips=8)
-    words = "--shard-size", 2
-    start = time.monotonic()
-    assert os.waitstatus_to_exitcode(os.waitpid(packing_child(raw, tmp_path / "whole", words), 0)[1]) == 0
-    seconds = time.monotonic() - start
-    rng = random.Random(0)
-    killed = 0
-    for _ in range(6):
-        child = packing_child(raw, out, words)
-        time.sleep(seconds * rng.uniform(0.05, 0.45))
-        os.kill(child, signal.SIGKILL)
-        killed += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert killed
-    assert os.waitstatus_to_exitcode(os.waitpid(packing_child(raw, out, words), 0)[1]) == 0
-    assert contents(out) == contents(tmp_path / "whole")
-
-
-def test_tasks_that_end_together_all_write_the_manifest(tmp_path):
-    raw, out = tmp_path / "raw", tmp_path / "out"
-    make_raw(raw, clips=2)
-    assert run_pack(raw, out) == 0
-    whole = contents(out)
-    for _ in range(5):
-        for name in ("manifest.jsonl", "samples.bin", "rejects.jsonl"):
-            (out / name).unlink()
-        children = [packing_child(raw, out, ["--manifest-only"]) for _ in range(4)]
-        assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
-        assert contents(out) == whole
-
-
-@pytest.mark.slow
-def test_twenty_kills_of_a_run_with_workers(tmp_path):
-    raw, out = tmp_path / "raw", tmp_path / "out"
-    make_raw(raw, clips=48, height=64, width=96)
-    code = "import sys; from data_tools import pack; import argparse; p = argparse.ArgumentParser(); pack.add_arguments(p);"
-    code += "sys.exit(pack.run(p.parse_args()))"
-
-    def start(folder):
-        words = [str(raw), str(folder), "--shard-size", "2", "--workers", "2"]
-        return subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.DEVNULL)
-
-    begin = time.monotonic()
-    assert start(tmp_path / "whole").wait() == 0
-    seconds = time.monotonic() - begin
-    rng = random.Random(1)
-    killed = 0
-    for _ in range(20):
-        process = start(out)
-        time.sleep(seconds * rng.uniform(0.3, 0.8))
-        process.kill()
-        killed += process.wait() == -signal.SIGKILL
-    assert killed
-    assert start(out).wait() == 0
-    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_webdataset_reads_the_shards_as_documented(tmp_path):
