@@ -64,6 +64,8 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_anywhere(server, 
         assert trace[3]["state"] != trace[2]["state"]
     (event,) = events(tmp_path)
     assert told in event
+    (skipped,) = [line for line in read_lines(tmp_path / "out" / METRICS) if line["kind"] == "skipped"]
+    assert told in skipped["reason"]
     keys = read_trace(tmp_path, 1)[2]["keys"]
     assert ", ".join(keys) in event
     if kind == "nan":
@@ -136,6 +138,24 @@ def test_a_weight_that_changed_on_one_rank_is_found(server, config, tmp_path, si
     outcomes = train(server, config, tmp_path, *changes, faults=[Fault("flip_weight", 1, step=2)], size=size)
     assert all(outcome.returncode == FAILED for outcome in outcomes)
     assert who in read_status(tmp_path / "out").reason
+
+
+def test_a_frozen_weight_that_changed_is_found_before_it_is_saved(server, config, tmp_path):
+    outcomes = train(server, config, tmp_path, faults=[Fault("flip_frozen", 1, step=4)])
+    assert all(outcome.returncode == FAILED for outcome in outcomes)
+    assert "frozen weights have changed on some ranks" in read_status(tmp_path / "out").reason
+    assert all(checkpoint.step < 4 for checkpoint in list_checkpoints(checkpoints_folder(tmp_path / "out")))
+
+
+def test_a_folder_that_another_start_took_over_is_not_written_any_more(server, config, tmp_path):
+    arguments = [config, f"run.output={tmp_path / 'out'}", "train.steps=100000"]
+    run = server.start(arguments, size=1, folder=tmp_path)
+    run.await_text(0, "4/100000  loss")
+    (tmp_path / "out" / ".lease" / "2").write_text("another start")
+    (outcome,) = run.wait(60)
+    assert outcome.returncode == FAILED
+    assert "was taken over by another start; this one must not write there any more" in outcome.output
+    assert read_status(tmp_path / "out").state == "running"
 
 
 def test_a_slow_rank_is_named(server, config, tmp_path):
