@@ -35,9 +35,7 @@ class Fault:
     Events are, in order: each forward pass, each optimiser step, each finished step, each save.
     """
 
-    kind: (
-        str  # kill, raise, oom, hang, nan, inf_gradient, flip_weight, slow, signal, or `signal in <phase of the watch>`
-    )
+    kind: str  # kill, raise, oom, hang, nan, inf_gradient, flip_weight, flip_frozen, slow, signal, `signal in <phase of the watch>`
     rank: int
     event: int = 0
     step: int = -1
@@ -221,9 +219,10 @@ class _Hooks:
             def beat(self, phase, step=-1, *arguments):
                 super().beat(phase, step, *arguments)
                 hooks.step = step
-                if phase == "comparing weights" and hooks._now("flip_weight"):
-                    parameter = next(p for p in hooks.engine.module.parameters() if p.requires_grad)
-                    parameter.data.view(-1)[0] += 1
+                for kind, trains in (("flip_weight", True), ("flip_frozen", False)):
+                    if phase == "comparing weights" and hooks._now(kind):
+                        parameter = next(p for p in hooks.engine.module.parameters() if p.requires_grad == trains)
+                        parameter.data.view(-1)[0] += 1
                 if any(fault.kind == f"signal in {phase}" for fault in hooks.faults):
                     os.kill(os.getpid(), signal.SIGTERM)
 

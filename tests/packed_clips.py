@@ -1,6 +1,7 @@
 """A small packed dataset with every kind of sidecar, whose numbers tell which sample they belong to."""
 
 import argparse
+import os
 
 import torch
 from raw_clips import write_clip, write_metadata
@@ -8,6 +9,7 @@ from sidecars import make_sidecar, noise_facts
 
 from data_tools import pack
 from fw_train.data.manifest import Dataset
+from fw_train.data.shards import shard_path
 
 
 def pack_arguments(raw, out, *words):
@@ -36,3 +38,15 @@ def make_packed(folder, clips=((5, 32, 48, 9), (3, 48, 32, 9)), shard_size=2, ki
     for kind in kinds:
         make_sidecar(dataset, kind, noise_facts(kind), marked_tensor)
     return out
+
+
+def damage_member(out, key, suffix="depth.geo"):
+    """Changes a bit of a sample."""
+    dataset = Dataset(out)
+    place = dataset.sample(dataset.find(key))
+    member = place.members[suffix]
+    with open(shard_path(out, place.shard), "r+b") as file:
+        file.seek(member.offset + member.size // 2)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 8]))

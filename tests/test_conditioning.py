@@ -47,10 +47,14 @@ def test_what_a_variant_does_not_take_is_left_out():
     assert batch.image_latents is batch.reference_latents is batch.control_camera is None
 
 
-@pytest.mark.parametrize(("field", "kind"), [("clip", "clip"), ("image_latents", "image")])
-def test_a_missing_sidecar_is_named_with_the_command_that_makes_it(field, kind):
-    wan = tiny_wan("i2v")
-    with pytest.raises(ValueError, match=rf"'i2v' needs the `{kind}` sidecar.*fw data encode DATA .*--members {kind}"):
+@pytest.mark.parametrize(
+    ("variant", "reference", "field", "kind"),
+    [("i2v", False, "clip", "clip"), ("i2v", False, "image_latents", "image"), ("t2v", True, "image_latents", "image")],
+)
+def test_a_missing_sidecar_is_named_with_the_command_that_makes_it(variant, reference, field, kind):
+    wan = tiny_wan(variant, reference_conv=reference)
+    message = rf"'{variant}' needs the `{kind}` sidecar.*fw data encode DATA .*--members {kind}"
+    with pytest.raises(ValueError, match=message):
         complete(replace(sidecars_alone(wan), **{field: None}), wan)
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from fw_train.build import build_model
+from fw_train.flow import shifted
+from fw_train.losses import LossParams
 from fw_train.stages import apply_stage, stage_rules
 from fw_train.step import StepParams, noised_batch, train_step
 from samples import make_batch, tiny_params
@@ -77,6 +79,22 @@ def test_the_input_of_a_sample_depends_on_its_position_alone():
     moved, _ = noised_batch(replace(batch, position=torch.tensor([11, 13])), PARAMS, EMPTY)
     assert torch.equal(both.latents[0], moved.latents[0])
     assert not torch.equal(both.latents[1], moved.latents[1])
+
+
+def test_seed_and_shift_are_those_of_the_settings():
+    batch = labelled(tiny_params("camera").wan)
+    usual, _ = noised_batch(batch, replace(PARAMS, shift=5.0), EMPTY)
+    uniform, _ = noised_batch(batch, replace(PARAMS, shift=1.0), EMPTY)
+    torch.testing.assert_close(usual.timestep, 1000 * shifted(uniform.timestep / 1000, 5.0))
+    reseeded, _ = noised_batch(batch, replace(PARAMS, seed=1), EMPTY)
+    assert (reseeded.timestep != usual.timestep).all()
+
+
+def test_the_losses_are_weighted_as_the_settings_say():
+    model = build("stage1")
+    weighted = replace(PARAMS, losses=LossParams(point_weight=0.0, camera_weight=0.0))
+    named = train_step(model, labelled(model.params.wan), weighted, EMPTY).named()
+    assert named["loss/total"] == named["loss/depth_loss"]
 
 
 def test_the_noisy_latents_and_the_target_agree():

@@ -6,8 +6,13 @@ import signal
 import pytest
 from forked_training import Fault, TrainingServer, read_trace
 from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import make_data, write_config
 
+from fw_train.config import load_config
+from fw_train.inference import CONFIG_NAME
+from fw_train.monitoring.metrics_file import read_lines
+from fw_train.monitoring.monitor import EVENTS, METRICS
 from fw_train.run.folder import read_status
 
 ENGINES = ("deepspeed", "fsdp2")
@@ -45,6 +50,14 @@ def values(line):
     return {name: float.fromhex(text) for name, text in line["losses"].items()}
 
 
+def figures(out, kind):
+    return [line for line in read_lines(out / METRICS) if line["kind"] == kind]
+
+
+def drawn(out, tag):
+    return EventAccumulator(str(out / EVENTS), size_guidance={"images": 0}).Reload().Images(tag)
+
+
 def all_keys(folder, ranks, name="run"):
     """Per step, the samples of all ranks with their places in the global order."""
     steps = {}
@@ -63,9 +76,12 @@ def test_a_run_leaves_weights_checkpoints_figures_and_its_status(whole):
         assert file.metadata()["stage"] == "stage1"
     assert "geo_blocks.0.self_attn.q.weight" in names
     assert not any(name.startswith("video.") for name in names)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["kind"] == "step"] == list(range(1, STEPS + 1))
-    assert [line["step"] for line in lines if line["kind"] == "validation"] == [0, STEPS]
+    steps = figures(out, "step")
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    assert [line["step"] for line in figures(out, "validation")] == [0, STEPS]
+    assert [line["step"] for line in steps if "loss/diffusion" in line] == [1, 4, 7]
+    assert [line["step"] for line in steps if line["throughput/save_stall_s"]] == [3, 6, STEPS]
+    assert all(line["optimiser_gradient_norm/geo_blocks"] > 0 for line in steps)
     assert any((out / "tensorboard").iterdir())
 
 
@@ -92,6 +108,28 @@ def check_twin(whole, folder, ranks=2):
         assert done[-1]["step"] == STEPS - 1
         for line in done:
             assert line == expected[line["step"]]
+
+
+def test_validation_and_pictures_come_when_asked_and_figures_do_not_depend_on_the_ranks(
+    server, config, data, whole, tmp_path
+):
+    out = tmp_path / "out"
+    arguments = [
+        config, f"run.output={out}", f"data.validation={data}", "run.validate_every_steps=2", "run.log_pictures_every=2",
+        "train.gate_lr_scale=10",
+    ]  # fmt: skip
+    server.run([*arguments, "train.steps=3"], size=1, folder=tmp_path)
+    server.run([*arguments, "train.steps=5"], size=1, folder=tmp_path)
+    lines = figures(out, "validation")
+    assert [line["step"] for line in lines] == [0, 2, 3, 4, 5]
+    assert ["validation/diffusion" in line for line in lines] == [True, False, False, False, False]
+    (pictures,) = {tuple(image.step for image in drawn(out, tag)) for tag in ("pictures/depth", "pictures/camera_path")}
+    assert pictures == (2, 3, 4, 5)
+    of_two = figures(whole["deepspeed"] / "out", "validation")[0]
+    named = [name for name in of_two if name.startswith("validation/")]
+    assert {name: lines[0][name] for name in named} == {name: pytest.approx(of_two[name], rel=1e-5) for name in named}
+    assert all(line["rate"]["gates"] == 10 * line["rate"]["base"] for line in read_trace(tmp_path))
+    assert [line["text"].split(" with")[0] for line in figures(out, "event")] == ["resumed on 1 ranks"]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -182,6 +220,16 @@ def test_what_changes_the_numbers_is_refused_at_resume_unless_it_is_named(server
     assert read_status(tmp_path / "out") == ("finished", 3, "")
 
 
+def test_the_global_batch_may_change_at_resume_if_that_is_named(server, config, tmp_path):
+    arguments = [config, f"run.output={tmp_path / 'out'}"]
+    server.run([*arguments, "train.steps=3"], size=1, folder=tmp_path)
+    changed = [*arguments, "train.steps=5", "train.global_batch=8", "--allow-change", "train.global_batch"]
+    server.run(changed, size=1, folder=tmp_path)
+    places = [line["positions"] for line in read_trace(tmp_path)]
+    assert [len(step) for step in places] == [4, 4, 4, 8, 8]
+    assert [place for step in places for place in step] == list(range(28))
+
+
 def test_other_data_are_refused_at_resume(server, config, data, tmp_path):
     other = make_data(tmp_path, clips=7)
     arguments = [config, f"run.output={tmp_path / 'out'}", "train.warmup_steps=0"]
@@ -248,11 +296,18 @@ def test_what_cannot_be_trained_ends_with_one_clear_error(server, config, tmp_pa
 
 
 @pytest.mark.parametrize("stage", ["stage0", "stage2"])
-def test_other_stages_train_too_and_hand_over(server, config, whole, tmp_path, stage):
+def test_other_stages_train_too_and_hand_over(server, config, data, whole, tmp_path, stage):
     changes = ["train.steps=2", "train.warmup_steps=0", f"run.output={tmp_path / 'out'}", f"train.stage={stage}"]
     if stage == "stage2":
         changes.append(f"weights.init_from={whole['deepspeed'] / 'out' / 'step-8.safetensors'}")
+    else:
+        changes.append(f"data.validation={data}")
     server.run([config, *changes], size=2, folder=tmp_path)
+    for line in figures(tmp_path / "out", "step"):
+        assert any(name.startswith("optimiser_gates/") for name in line)
+    if stage == "stage0":
+        judged = [{n for n in line if n.startswith("validation/")} for line in figures(tmp_path / "out", "validation")]
+        assert judged == [{"validation/diffusion", "validation/diffusion_by_timestep"}] * 2
     with safe_open(tmp_path / "out" / "step-2.safetensors", "pt") as file:
         names = set(file.keys())
     assert ("blocks.0.self_attn.q.weight" in names) == (stage == "stage0")
@@ -262,3 +317,6 @@ def test_other_stages_train_too_and_hand_over(server, config, whole, tmp_path, s
 def test_the_configuration_is_kept_with_the_run(whole):
     manifest = json.loads((whole["deepspeed"] / "out" / "checkpoints" / "step-8" / "manifest.json").read_text())
     assert '"learning_rate": 0.001' in json.dumps(manifest)
+    kept = load_config(whole["deepspeed"] / "out" / CONFIG_NAME)
+    assert kept.run.output == str(whole["deepspeed"] / "out")
+    assert kept.train.learning_rate == 0.001

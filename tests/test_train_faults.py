@@ -1,16 +1,24 @@
 """What goes wrong on one rank, and what all ranks make of it."""
 
-import json
 import os
+import re
+import shutil
 import signal
 import subprocess
+from collections import defaultdict
 
 import pytest
 from forked_training import Fault, TrainingServer, read_trace
+from packed_clips import damage_member
 from tiny_training import make_data, write_config
 
+from fw_train.build import world_params
 from fw_train.checkpoint.layout import checkpoints_folder
 from fw_train.checkpoint.loading import list_checkpoints, verify_checkpoint
+from fw_train.config import load_config
+from fw_train.monitoring.metrics_file import read_lines
+from fw_train.monitoring.monitor import METRICS
+from fw_train.run.data import open_data
 from fw_train.run.folder import read_status
 from fw_train.watch.watcher import FAILED, HUNG
 
@@ -33,8 +41,11 @@ def train(server, config, folder, *changes, faults=(), size=2, **options):
 
 
 def events(folder):
-    lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
-    return [line["text"] for line in map(json.loads, lines) if line["kind"] == "event"]
+    return [line["text"] for line in read_lines(folder / "out" / METRICS) if line["kind"] == "event"]
+
+
+def figures(folder, name):
+    return [line[name] for line in read_lines(folder / "out" / METRICS) if line["kind"] == "step"]
 
 
 @pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
@@ -53,6 +64,8 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_anywhere(server, 
         assert trace[3]["state"] != trace[2]["state"]
     (event,) = events(tmp_path)
     assert told in event
+    (skipped,) = [line for line in read_lines(tmp_path / "out" / METRICS) if line["kind"] == "skipped"]
+    assert told in skipped["reason"]
     keys = read_trace(tmp_path, 1)[2]["keys"]
     assert ", ".join(keys) in event
     if kind == "nan":
@@ -127,10 +140,92 @@ def test_a_weight_that_changed_on_one_rank_is_found(server, config, tmp_path, si
     assert who in read_status(tmp_path / "out").reason
 
 
+def test_a_frozen_weight_that_changed_is_found_before_it_is_saved(server, config, tmp_path):
+    outcomes = train(server, config, tmp_path, faults=[Fault("flip_frozen", 1, step=4)])
+    assert all(outcome.returncode == FAILED for outcome in outcomes)
+    assert "frozen weights have changed on some ranks" in read_status(tmp_path / "out").reason
+    assert all(checkpoint.step < 4 for checkpoint in list_checkpoints(checkpoints_folder(tmp_path / "out")))
+
+
+def test_a_folder_that_another_start_took_over_is_not_written_any_more(server, config, tmp_path):
+    arguments = [config, f"run.output={tmp_path / 'out'}", "train.steps=100000"]
+    run = server.start(arguments, size=1, folder=tmp_path)
+    run.await_text(0, "4/100000  loss")
+    (tmp_path / "out" / ".lease" / "2").write_text("another start")
+    (outcome,) = run.wait(60)
+    assert outcome.returncode == FAILED
+    assert "was taken over by another start; this one must not write there any more" in outcome.output
+    assert read_status(tmp_path / "out").state == "running"
+
+
 def test_a_slow_rank_is_named(server, config, tmp_path):
     slow = Fault("slow", 1, step=0, last_step=24)
     train(server, config, tmp_path, "train.steps=24", faults=[slow])
     assert any(text.startswith("rank 1 is slow") for text in events(tmp_path))
+
+
+@pytest.fixture
+def packed(config, tmp_path):
+    """A copy of the data, to be damaged."""
+    return shutil.copytree(config.parent / "packed", tmp_path / "packed")
+
+
+def from_here(packed):
+    return f"data.sources=[{{path: {packed}}}]"
+
+
+def drawn(config, packed, steps):
+    """The samples that each of two ranks trains on, by step and rank."""
+    settings, keys = load_config(config, [from_here(packed)]), defaultdict(list)
+    data = open_data(settings, world_params(settings).wan)
+    for rank in (0, 1):
+        for batch in data.batches([(0, settings.train.global_batch)], 0, steps, rank=rank, world=2, micro_batch=1):
+            keys[batch.step, rank] += batch.keys
+    return keys
+
+
+def test_a_corrupt_sample_has_a_substitute_that_all_ranks_count(server, config, packed, tmp_path):
+    keys = drawn(config, packed, steps=3)
+    corrupt = keys[1, 1][0]
+    damage_member(packed, corrupt)
+    outcomes = train(server, config, tmp_path, from_here(packed), "train.steps=3")
+    assert [outcome.returncode for outcome in outcomes] == [0, 0]
+    assert f"sample {corrupt} cannot be read" not in outcomes[0].output
+    assert f"sample {corrupt} cannot be read, another of its stream takes its place" in outcomes[1].output
+    assert "a line for it in quarantine.jsonl leaves it out for good" in outcomes[1].output
+    (event,) = events(tmp_path)
+    assert event.startswith(f"samples that cannot be read: {corrupt} (")
+    assert figures(tmp_path, "samples/substituted_samples") == [0, 1, 1]
+    ours, theirs = (read_trace(tmp_path, rank) for rank in (0, 1))
+    assert [line["losses"] for line in ours] == [line["losses"] for line in theirs]
+    assert [line["weights"] for line in ours] == [line["weights"] for line in theirs]
+    trained = {(line["step"], rank): line["keys"] for rank, trace in enumerate((ours, theirs)) for line in trace}
+    assert [place for place in keys if trained[place] != keys[place]] == [(1, 1)]
+    assert corrupt not in trained[1, 1]
+    assert trained[1, 1][1:] == keys[1, 1][1:]
+
+
+def test_too_many_corrupt_samples_end_the_run_although_each_rank_has_but_one(server, config, packed, tmp_path):
+    """One is borne whatever the share: it takes the count over both ranks to see the second."""
+    saved = train(server, config, tmp_path, from_here(packed), "train.steps=3")
+    assert [outcome.returncode for outcome in saved] == [0, 0]
+    keys = drawn(config, packed, steps=4)
+    unlucky = [keys[3, rank][-1] for rank in (0, 1)]  # their substitutes are whole
+    for key in unlucky:
+        damage_member(packed, key)
+    outcomes = train(server, config, tmp_path, from_here(packed), "data.max_substituted=0", name="damaged")
+    assert [(outcome.returncode, outcome.timed_out) for outcome in outcomes] == [(FAILED, False)] * 2
+    reason = re.compile(
+        r"2 of \d+ samples could not be read, more than data\.max_substituted=0; check the data with `fw data verify`"
+    )
+    status = read_status(tmp_path / "out")
+    assert status.state == "failed"
+    assert all(reason.search(told) for told in (status.reason, *(outcome.output for outcome in outcomes)))
+    assert all(key in events(tmp_path)[-1] for key in unlucky)
+    assert not (tmp_path / "damaged-0.trace").exists()  # no step was finished
+    last = list_checkpoints(checkpoints_folder(tmp_path / "out"))[0]
+    assert last.step == 3
+    assert verify_checkpoint(last.path) == []
 
 
 @pytest.fixture

@@ -50,6 +50,20 @@ def test_losses_that_are_not_finite_or_missing_are_no_pass(run_folder, capsys):
     assert "the camera loss was not measured" in told
 
 
+def test_the_last_figures_of_a_step_that_was_validated_twice_count(run_folder):
+    again = {"kind": "validation", "step": 100, "validation/depth_loss": 0.2}
+    with (run_folder / "metrics.jsonl").open("a") as file:
+        file.write("\n" + json.dumps(again))
+    assert main(["promote", str(run_folder), "--step", "100"]) == 1
+
+
+def test_a_run_without_a_step_that_was_validated_and_saved_is_an_error(run_folder, capsys):
+    for weights in run_folder.glob("*.safetensors"):
+        weights.unlink()
+    assert main(["promote", str(run_folder)]) == 1
+    assert "has no step that was both validated and saved" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from packed_clips import make_packed, marked_tensor, pack_arguments
+from packed_clips import damage_member, make_packed, marked_tensor, pack_arguments
 from raw_clips import clip_labels, write_clip, write_metadata
 from sidecars import make_sidecar, noise_facts
 
@@ -114,17 +114,6 @@ def test_no_damage_of_any_file_lets_a_wrong_number_through(made, out):
     # A loader reads no index and no list of rejects; the rest of a tar, behind its last member, is nobody's.
     missed = {name for name in undetected if not (name[0] == "rejects.jsonl" or name[0].endswith(".index.jsonl"))}
     assert all(name.endswith(".tar") and damage != "remove" for name, damage in missed), missed
-
-
-def damage_member(out, key, suffix="depth.geo"):
-    dataset = Dataset(out)
-    place = dataset.sample(dataset.find(key))
-    member = place.members[suffix]
-    with open(shard_path(out, place.shard), "r+b") as file:
-        file.seek(member.offset + member.size // 2)
-        byte = file.read(1)[0]
-        file.seek(-1, os.SEEK_CUR)
-        file.write(bytes([byte ^ 8]))
 
 
 def test_a_corrupt_sample_is_replaced_by_the_same_one_everywhere(out, caplog):

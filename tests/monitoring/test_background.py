@@ -1,4 +1,5 @@
 import threading
+import time
 
 from fw_train.monitoring import background
 from fw_train.monitoring.background import Background
@@ -31,10 +32,11 @@ def test_an_error_is_told_once_and_the_next_piece_is_tried(caplog):
 
 def test_a_file_system_that_hangs_holds_up_neither_submit_nor_close(monkeypatch, caplog):
     monkeypatch.setattr(background, "WAITING", 3)
-    work, hang = Background("test"), threading.Event()
+    work, hang, began = Background("test"), threading.Event(), time.monotonic()
     for _ in range(10):
         work.submit(hang.wait)
     work.close(0.05)
+    assert time.monotonic() - began < 10
     assert work.lost >= 6
     assert "3 writes are waiting already" in caplog.text
     hang.set()

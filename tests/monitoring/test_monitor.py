@@ -121,8 +121,13 @@ def scene():
 
 def test_an_interval_is_written_as_means_rates_and_shares(tmp_path):
     log = monitor(tmp_path)
-    for step in range(4):
-        log.step(record(step, seconds=1.0 + step, data_wait_s=0.3, gates={"gate": 0.25} if step == 1 else {}))
+    for step, (norm, stall_s, gib) in enumerate(((9, 9, 9), (2, 0.5, 1), (4, 0.25, 3), (3, 0, 2))):
+        log.step(
+            record(
+                step, seconds=1.0 + step, data_wait_s=0.3, gates={"gate": 0.25} if step == 1 else {},
+                grad_norm=norm, save_stall_s=stall_s, peak_memory_bytes=gib << 30,
+            )
+        )  # fmt: skip
     log.close()
     first, interval = lines(tmp_path, "step")
     assert (first["step"], first["steps"], interval["step"], interval["steps"]) == (1, 1, 4, 3)
@@ -140,8 +145,8 @@ def test_an_interval_is_written_as_means_rates_and_shares(tmp_path):
         "throughput/tokens_per_s": 1200 / 9,
         "throughput/mfu_percent": 100 * 3e12 * (12 / 9) / 2e13,
         "throughput/data_wait_percent": 10.0,
-        "throughput/save_stall_s": 0.0,
-        "throughput/peak_memory_gib": 1.0,
+        "throughput/save_stall_s": 0.75,
+        "throughput/peak_memory_gib": 3.0,
         "step_parts/forward_s": 0.5,
         "samples/skipped_steps": 0,
         "samples/skipped_samples": 0,
@@ -149,7 +154,7 @@ def test_an_interval_is_written_as_means_rates_and_shares(tmp_path):
     }
     assert {name: interval[name] for name in want} == pytest.approx(want)
     assert set(interval) == {*want, "kind", "step", "time", "steps", "last"}
-    assert interval["last"] == {"loss/total": 3.0, "loss/depth_loss": 1.5, "optimiser/gradient_norm": 4.0}
+    assert interval["last"] == {"loss/total": 3.0, "loss/depth_loss": 1.5, "optimiser/gradient_norm": 3.0}
     for tag, value in want.items():
         assert points(tmp_path, tag)[-1] == (4, pytest.approx(value)), tag
     assert set(events(tmp_path).Tags()["scalars"]) == set(want)
@@ -179,7 +184,8 @@ def test_a_skipped_step_is_written_at_once_and_leaves_the_means_alone(tmp_path):
     log = monitor(tmp_path)
     log.step(record(0))
     bad = {"loss/total": math.nan, "loss/depth_loss": math.inf}
-    log.step(record(1, applied=False, reason="loss/total is nan", losses=bad, grad_norm=-math.inf))
+    unused = {"group_norms": {"bridge": math.nan}, "gates": {"gate": 0.25}}
+    log.step(record(1, applied=False, reason="loss/total is nan", losses=bad, grad_norm=-math.inf, **unused))
     log.step(record(2, substituted=3))
     log.close()
     (skipped,) = lines(tmp_path, "skipped")
@@ -191,6 +197,7 @@ def test_a_skipped_step_is_written_at_once_and_leaves_the_means_alone(tmp_path):
     )
     last = lines(tmp_path, "step")[-1]
     assert (last["step"], last["steps"], last["loss/total"], last["optimiser/gradient_norm"]) == (3, 2, 2.0, 3.0)
+    assert (last["optimiser_gradient_norm/bridge"], last["optimiser_gates/gate"]) == (1.0, 0.25)
     assert (last["samples/skipped_steps"], last["samples/skipped_samples"], last["samples/substituted_samples"]) == (
         1,
         4,
@@ -347,6 +354,21 @@ def test_a_full_disk_loses_figures_and_nothing_else(tmp_path, monkeypatch, caplo
     assert (
         {1, 5} <= {step for step, _ in points(tmp_path, "loss/total")} <= {1, 3, 4, 5}
     )  # new files are small at first
+
+
+def test_after_an_error_no_event_file_is_begun_before_a_minute_has_passed(tmp_path, monkeypatch):
+    def full():
+        raise OSError(28, "No space left on device")
+
+    files = event_files.EventFiles(tmp_path, 0)
+    monkeypatch.setattr(files._writer, "flush", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.scalars(1, {"loss/total": 1.0})
+    with pytest.raises(OSError, match="no event file can be written in .* at the moment"):
+        files.scalars(2, {"loss/total": 2.0})
+    monkeypatch.setattr(event_files, "RETRY_S", 0.0)
+    files.scalars(3, {"loss/total": 3.0})
+    files.close()
 
 
 def test_the_silent_monitor_takes_everything_and_writes_nothing(tmp_path, monkeypatch, capsys):
