@@ -8,6 +8,7 @@ from sidecars import make_sidecar, noise_facts
 from tiny_training import make_data, write_config
 
 from fw_train.build import world_params
+from fw_train.checkpoint.run_state import RunState
 from fw_train.config import ConfigError, load_config
 from fw_train.data.encodings import conflicts
 from fw_train.data.manifest import Dataset
@@ -22,6 +23,7 @@ from fw_train.run.encodings import (
     encodings_of,
     encodings_of_weights,
 )
+from fw_train.run.resume import check_data, data_facts
 from fw_train.weights.files import CheckpointError
 from fw_train.weights.stage import StageInfo, write_stage_weights
 
@@ -148,3 +150,24 @@ def test_latents_encoded_online_count_as_those_of_the_same_codec(configure, tmp_
 
 def test_only_kinds_that_both_have_are_compared():
     assert conflicts({"text": {"encoder": "a"}}, {"clip": {"encoder": "b"}}) == {}
+
+
+def test_a_resume_with_another_vae_is_refused(configure):
+    config = configure(data={"latents": "online", "vae": "dct"})
+    data = open_data(config, world_params(config).wan)
+    saved = ours(config, load_latent_codec("dct"))
+
+    def state(facts):
+        return RunState(
+            step=1, segments=((0, 4),), optimiser_steps=1, config={}, base_hash="", data_fingerprint=data.fingerprint,
+            data_facts=facts,
+        )  # fmt: skip
+
+    exchanged = {**saved, "latent": {**saved["latent"], "version": 2}}
+    check_data(state(data_facts(data, saved)), data, saved, ())
+    with pytest.raises(
+        ConfigError, match=r"not those that the run trained on \(`latent` has .*: version: 1 there, 2 here\)"
+    ):
+        check_data(state(data_facts(data, saved)), data, exchanged, ())
+    check_data(state(data_facts(data, saved)), data, exchanged, {"data.sources"})
+    check_data(state(data.facts), data, exchanged, ())  # saved before they were kept
