@@ -9,14 +9,15 @@ Where they disagree, the mistake that explains it is named: swapped c2w and w2c,
 convention, other axes or scales. It also finds NaN and missing labels, frozen frames, duplicates and missing captions.
 
 Each finding is a line with clip, fault and evidence. OUT/audit.html shows them in pictures, OUT/audit.jsonl has a line for each
-clip, and OUT/quarantine.jsonl lists the clips that the loader leaves out: lines that people added to it stay. The exit code is
-1 if a serious fault is found; missing captions and duplicates are warnings.
+clip, and OUT/quarantine.jsonl lists the clips that the loader leaves out: lines that people added to it stay. Its copy,
+OUT/audit.quarantine.jsonl, tells later whether lines were lost. The exit code is 1 if a serious fault is found; missing captions
+and duplicates are warnings.
 """
 
 import argparse
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,14 @@ from data_tools.audit_report import report_html
 from data_tools.work import Progress, add_workers, run_parallel
 from fw_train.atomic_files import write_file
 from fw_train.data.manifest import Dataset
-from fw_train.data.quarantine import QUARANTINE, QuarantineEntry, read_quarantine, write_quarantine
+from fw_train.data.quarantine import (
+    QUARANTINE,
+    WRITTEN,
+    QuarantineEntry,
+    lost_entries,
+    read_quarantine,
+    write_quarantine,
+)
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
         if entry.key not in keys:
             log.warning("%s names %s, which the dataset does not have", args.out / QUARANTINE, entry.key)
     rows = range(total) if args.clips is None else even_rows(total, args.clips)
+    refuse_lost(args.out, keys, all_clips=args.clips is None)
     audits = audit(args.out, rows, Limits(args.tolerance, args.min_coverage), args.workers)
     for clip in audits:
         for found in clip.findings:
@@ -95,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     title = f"{args.out.resolve().name}"
     write_file(args.out / NUMBERS, "".join(f"{json.dumps(numbers(clip))}\n" for clip in audits).encode())
     write_file(args.out / REPORT, report_html(title, audits, pictures, quarantined).encode())
-    if entries or old:
+    if entries or old or (args.out / WRITTEN).exists():
         write_quarantine(args.out, entries)
     serious = sum(any(FAULTS[found.fault].serious for found in clip.findings) for clip in audits)
     warned = sum(bool(clip.findings) for clip in audits) - serious
@@ -104,6 +113,16 @@ def run(args: argparse.Namespace) -> int:
         f"see {args.out / REPORT}"
     )
     return int(serious > 0)
+
+
+def refuse_lost(folder: Path, keys: Collection[str], all_clips: bool) -> None:
+    """Refuses a list that lost lines which this audit will not find again: writing it would make that look intended."""
+    lost = [entry for entry in lost_entries(folder, keys) if not (all_clips and entry.fault in FAULTS)]
+    if lost:
+        raise ValueError(
+            f"{folder / QUARANTINE} has lost {len(lost)} lines, the first for {lost[0].key} ({lost[0].fault}); copy them back from "
+            f"{folder / WRITTEN}, or take them out there too if that is meant"
+        )
 
 
 def audit(folder: Path, rows: Sequence[int], limits: Limits, workers: int = 1) -> list[ClipAudit]:

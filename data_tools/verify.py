@@ -5,7 +5,8 @@
 
 Each problem is a line with file, key and member; the exit code is 1 if there is any. A flipped bit in video or label data is
 found by the full check alone. `fw data pack` with the same arguments writes damaged indexes and missing shards again; a shard
-that is damaged inside is to be deleted first. `fw data encode` does the same for its folders.
+that is damaged inside is to be deleted first. `fw data encode` does the same for its folders. The list of samples that are not
+trained on must be readable, name samples of the dataset, and have lost no line since an audit wrote it.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import numpy as np
 
 from data_tools.pack_sample import sample_totals
 from data_tools.problems import Problem, problems_of
+from data_tools.verify_quarantine import verify_quarantine
 from data_tools.verify_sidecar import verify_sidecars
 from data_tools.work import Progress, add_workers, run_parallel
 from fw_train.data import schema
@@ -67,6 +69,7 @@ class Found(NamedTuple):
     samples: int
     shards: int
     sidecars: int
+    quarantined: int
     problems: list[Problem]
 
 
@@ -86,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
         return 1
     how = "headers and indexes are" if args.fast else "everything is"
     sidecars = f", encoded in {found.sidecars} folders beside them" if found.sidecars else ""
-    print(f"{args.out}: {found.samples} samples in {found.shards} shards{sidecars}; {how} in order")
+    quarantined = f", {found.quarantined} of them in quarantine" if found.quarantined else ""
+    print(f"{args.out}: {found.samples} samples in {found.shards} shards{sidecars}{quarantined}; {how} in order")
     return 0
 
 
@@ -122,7 +126,10 @@ def verify(folder: Path, fast: bool = False, workers: int = 1) -> Found:
     if manifest:
         sidecars, more = verify_sidecars(folder, manifest, indexes, fast, workers)
         problems += more
-    return Found(samples, len(shards), sidecars, sorted(set(problems)))
+    keys = {sample.key for index in indexes for sample in index.samples} if len(indexes) == len(results) else None
+    quarantined, more = verify_quarantine(folder, keys)
+    problems += more
+    return Found(samples, len(shards), sidecars, quarantined, sorted(set(problems)))
 
 
 def check_shard(job: Job, advance: Callable[[int], None]) -> ShardResult:

@@ -12,6 +12,7 @@ from fw_train.checkpoint.loading import verify_checkpoint
 from fw_train.run.folder import read_status
 from fw_train.weights.base_hash import base_hash
 from fw_train.weights.files import CheckpointError, CheckpointReader, TensorInfo, open_checkpoint
+from fw_train.weights.stage import stored_encodings
 from fw_train.weights.wan import PATCH_WEIGHT, map_names
 
 
@@ -35,6 +36,7 @@ class Weights(NamedTuple):
     kind: str
     path: str
     metadata: dict[str, str]
+    encodings: dict[str, dict[str, Any]] | None  # of trained weights: what encoded their data, by kind
     modules: list[ModuleRow]
     keys: dict[str, TensorInfo]
     files: list[FileHash]
@@ -77,6 +79,7 @@ def inspect_weights(path: Path, hashes: bool) -> Weights:
         _kind(reader, wan),
         str(reader.path),
         reader.metadata,
+        stored_encodings(reader),
         modules(keys),
         keys,
         [FileHash(stamp.path, stamp.size, sha256(Path(stamp.path)) if hashes else None) for stamp in reader.files],

@@ -50,9 +50,10 @@ from fw_train.optimiser import learning_rate
 from fw_train.plan.dry_run import dry_run
 from fw_train.precision import PRECISIONS
 from fw_train.run.data import BatchMaker, HeldOut, open_data
+from fw_train.run.encodings import VALIDATION, check_encodings, encodings_of, encodings_of_weights
 from fw_train.run.folder import RunFolder, State
 from fw_train.run.params import engine_params, save_params, step_params
-from fw_train.run.resume import check_configuration, check_data
+from fw_train.run.resume import check_configuration, check_data, data_facts
 from fw_train.stages import apply_stage, gate_magnitudes, stage_rules
 from fw_train.step import train_step
 from fw_train.watch.fingerprints import Replicas, frozen_fingerprint
@@ -95,7 +96,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD",
         action="append",
         default=[],
-        help="resume although this field, which changes the numbers, differs from the checkpoint's; may be repeated",
+        help="resume although this field, which changes the numbers, differs from the checkpoint's, or start although what it "
+        "names was encoded otherwise than the data; may be repeated",
     )
     parser.add_argument("--dry-run", action="store_true", help="check all that a start needs, and take no step")
     parser.add_argument("--world", type=int, metavar="N", help="GPUs that --dry-run plays through (default 1)")
@@ -168,6 +170,9 @@ def train(
     data = open_data(config, wan)
     make_batch = BatchMaker(config, wan, device)
     held_out = HeldOut(config, wan, world.rank, world.size) if config.data.validation else None
+    encodings = encodings_of(data, wan, make_batch.codec)
+    others = {VALIDATION: held_out.encodings if held_out else None, **encodings_of_weights(config)}
+    check_encodings(config, encodings, others, allowed)
     if data.empty_text is None:
         raise ValueError("the data have no texts; make them with `fw data encode`")
     empty_text = data.empty_text.to(device)
@@ -189,7 +194,7 @@ def train(
     state = load(output, config.run.resume, engine.fragments(), world) if before else None
     if state is not None:
         check_configuration(state, config, allowed, identity)  # run.resume=auto may have fallen back to another one
-        check_data(state, data, allowed)
+        check_data(state, data, encodings, allowed)
         engine.restore(state.optimiser_steps, state.scaler_state)
         spikes.restore(state.guard)
         step = state.step
@@ -225,16 +230,15 @@ def train(
             config=to_tree(config),
             base_hash=identity,
             data_fingerprint=data.fingerprint,
-            data_facts=data.facts,
+            data_facts=data_facts(data, encodings),
             scaler_state=engine.scaler_state(),
             guard=spikes.state(),
             code_version=version,
             world_size=world.size,
             rng=capture_rng(),
         )
-        info = StageInfo(
-            config.train.stage, step, config_hash(config), identity, PRECISIONS[config.train.precision].params
-        )
+        dtype = PRECISIONS[config.train.precision].params
+        info = StageInfo(config.train.stage, step, config_hash(config), identity, dtype, encodings)
         weights = engine.trainable_weights()
         saver.save(step, engine.fragments(), snapshot, StageWeights(weights, info) if world.rank == 0 else None)
         return time.perf_counter() - began

@@ -9,10 +9,11 @@ import torch
 from checkpoint_samples import flat_fragments, run_state, stage_info, values
 from forked_ranks import alone
 from safetensors.torch import save_file
-from trained_stages import random_base, tiny_wan_of, trained
+from trained_stages import ENCODINGS, random_base, tiny_wan_of, trained
 
 from fw_train.checkpoint.saver import CheckpointSaver, SaveParams, StageWeights
 from fw_train.cli import main
+from fw_train.data.sidecar_files import fingerprint
 from fw_train.inspection import inspect_path, module_of
 from fw_train.run.folder import Status, write_status
 from fw_train.weights.base_hash import base_hash
@@ -64,6 +65,10 @@ def test_weights_of_a_stage(tmp_path, capsys):
     assert f"{path}: trained weights of stage1, step 3" in out
     assert hashlib.sha256(path.read_bytes()).hexdigest() in out
     assert "fresh weights of seed 0" in out
+    assert f"  text          {fingerprint(ENCODINGS['text'])[:16]}  encoder: 'hash:8', version: 2" in out
+    assert f"  latent        {fingerprint(ENCODINGS['latent'])[:16]}  codec: 'dct', version: 1" in out
+    assert '{"' not in out
+    assert json.loads(told(capsys, path, "--json")[1])[0]["encodings"] == ENCODINGS
     row = next(line.split() for line in out.splitlines() if line.split()[:1] == ["token_camera"])
     assert row[1:] == ["1", "24", "48", "bfloat16"]
     total = next(line.split() for line in out.splitlines() if line.split()[:1] == ["total"])

@@ -1,6 +1,8 @@
 """Whole runs of the trainer: real ranks, engines, files; one server starts them all."""
 
+import argparse
 import json
+import shutil
 import signal
 
 import pytest
@@ -9,6 +11,7 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import make_data, write_config
 
+from data_tools import encode
 from fw_train.config import load_config
 from fw_train.inference import CONFIG_NAME
 from fw_train.monitoring.metrics_file import read_lines
@@ -74,6 +77,7 @@ def test_a_run_leaves_weights_checkpoints_figures_and_its_status(whole):
     with safe_open(out / "step-8.safetensors", "pt") as file:
         names = set(file.keys())
         assert file.metadata()["stage"] == "stage1"
+        assert json.loads(file.metadata()["encodings"]).keys() == {"latent", "text"}
     assert "geo_blocks.0.self_attn.q.weight" in names
     assert not any(name.startswith("video.") for name in names)
     steps = figures(out, "step")
@@ -238,6 +242,51 @@ def test_other_data_are_refused_at_resume(server, config, data, tmp_path):
     (refused,) = server.run(elsewhere, size=1, folder=tmp_path, check=False, name="refused")
     assert refused.returncode == 1
     assert "the data are not those that the run trained on" in refused.output
+
+
+@pytest.fixture
+def encoded_again(data, tmp_path):
+    """The data before, and a function that encodes their texts again in place."""
+    copy = shutil.copytree(data, tmp_path / "packed")
+    parser = argparse.ArgumentParser()
+    encode.add_arguments(parser)
+    words = [str(copy), "--text", "hash:8", "--workers", "1", "--replace"]
+    return copy, lambda: encode.run(parser.parse_args(words))
+
+
+def test_texts_that_were_encoded_again_in_place_are_refused_at_resume(server, config, encoded_again, tmp_path):
+    copy, again = encoded_again
+    arguments = [config, f"run.output={tmp_path / 'out'}", f"data.sources=[{{path: {copy}}}]", "train.warmup_steps=0"]
+    arguments += ["data.text_tokens=64", "train.steps=2"]
+    server.run([*arguments, "train.steps=1"], size=1, folder=tmp_path)
+    again()
+    (refused,) = server.run(arguments, size=1, folder=tmp_path, check=False, name="refused")
+    assert refused.returncode == 1
+    assert "the data are not those that the run trained on (sources: packed: sidecars: text was" in refused.output
+    assert "encoder: 'noise' there, 'hash:8' here" in refused.output
+
+
+def test_weights_are_not_handed_over_to_data_of_another_encoder(server, config, whole, encoded_again, tmp_path):
+    copy, again = encoded_again
+    again()
+    one = whole["deepspeed"] / "out" / "step-8.safetensors"
+    changes = ["train.stage=stage2", f"weights.init_from={one}", f"data.sources=[{{path: {copy}}}]"]
+    changes += ["data.text_tokens=64", f"run.output={tmp_path / 'out'}"]
+    (refused,) = server.run([config, *changes], size=1, folder=tmp_path, check=False)
+    assert refused.returncode == 1
+    assert (
+        f"weights.init_from={one} was trained on data encoded otherwise (`text` has the fingerprint" in refused.output
+    )
+    assert "building the network" not in refused.output
+
+
+def test_held_out_clips_of_another_encoder_are_refused(server, config, encoded_again, tmp_path):
+    copy, again = encoded_again
+    again()
+    changes = [f"data.validation={copy}", "data.text_tokens=64", f"run.output={tmp_path / 'out'}"]
+    (refused,) = server.run([config, *changes], size=1, folder=tmp_path, check=False)
+    assert refused.returncode == 1
+    assert f"data.validation={copy} was not encoded like data.sources (`text` has the fingerprint" in refused.output
 
 
 @pytest.mark.parametrize(("event", "rank"), [(1, 0), (9, 1)])

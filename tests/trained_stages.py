@@ -13,6 +13,8 @@ from fw_train.precision import PRECISIONS
 from fw_train.weights.stage import StageInfo, write_stage_weights
 from fw_train.weights.wan import to_diffusers
 
+ENCODINGS = {"latent": {"codec": "dct", "version": 1}, "text": {"encoder": "hash:8", "version": 2}}
+
 
 def random_base(path, wan, dtype=torch.float32, layout="original", seed=0):
     """A Wan checkpoint without zeros or ones that would hide a mix-up."""
@@ -39,7 +41,8 @@ def trained(folder, stage, model=None, precision="fp32", **weights):
         for name, info in trainable_shapes(network, stage).items()
     }
     path = folder / "step-3.safetensors"
-    write_stage_weights(path, tensors, StageInfo(stage, 3, config_hash(config), base_identity(config), dtype))
+    info = StageInfo(stage, 3, config_hash(config), base_identity(config), dtype, ENCODINGS)
+    write_stage_weights(path, tensors, info)
     write_config(folder, config)
     return path
 

@@ -17,8 +17,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fw_train.data.sidecar_files import fingerprint
 from fw_train.inspection import Run, SavedState, Weights, inspect_path
 from fw_train.weights.files import TensorInfo
+from fw_train.weights.stage import ENCODINGS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,7 +87,11 @@ def lines(found: Weights | SavedState | Run, keys: bool) -> Iterator[str]:
 def _weights_lines(found: Weights, keys: bool) -> Iterator[str]:
     yield f"{found.path}: {found.kind}"
     for name, text in found.metadata.items():
-        yield f"  {name:<14}{text}"
+        if name != ENCODINGS:
+            yield f"  {name:<14}{text}"
+    for kind, facts in sorted((found.encodings or {}).items()):
+        told = ", ".join(f"{name}: {value!r:.40}" for name, value in sorted(facts.items()))
+        yield f"  {kind:<14}{fingerprint(facts)[:16]}  {told}"
     if found.base_hash:
         yield f"  {'hash as base':<14}{found.base_hash}"
     for file in found.files:

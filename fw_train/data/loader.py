@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 from fw_train.data.arena import NO_SLOT, Arena
 from fw_train.data.augment import Augmentation
 from fw_train.data.coded import CodedBatch, InSlot, Substituted, from_slot
+from fw_train.data.encodings import Encodings, shared_facts
 from fw_train.data.expand import expand_batch, expand_video, pad_text
 from fw_train.data.fetch import Fetcher, Request, SlotFetcher, TooManyUnreadable, slot_bytes, too_many
 from fw_train.data.order import SampleOrder, accumulation_steps, rank_slice
@@ -60,6 +61,8 @@ class TrainingData:
         self.sources, self.streams = opened.sources, opened.streams
         self.facts = opened.facts  # kept in checkpoints: a resume with others would train on other samples
         self.fingerprint = fingerprint(opened.facts)
+        # Those of all sources, which were found to be alike.
+        self.encodings: Encodings = {s.kind: shared_facts(s.facts) for s in opened.sources[0].sidecars}
         self._opened, self._rows = opened, opened.rows
         self._fetcher = Fetcher(opened, params, seed)
         # Texts of all sources come from one encoder, so any source's empty text will do.

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from fw_train.batch import latent_frames
 from fw_train.data.augment import Augmentation
+from fw_train.data.encodings import shared_facts
 from fw_train.data.manifest import BucketRows, Dataset
 from fw_train.data.order import Stream
 from fw_train.data.quarantine import QUARANTINE, read_quarantine
@@ -30,7 +31,6 @@ from fw_train.data.transform import nearest_size
 log = logging.getLogger(__name__)
 
 OF_PICTURES = ("clip", *LATENT_KINDS)  # sidecars made of the pictures, as the middle of the first frames shows them
-OF_A_SOURCE = ("size", "frames")  # facts of a sidecar that may differ between sources
 
 
 @dataclass(frozen=True)
@@ -178,10 +178,7 @@ def _check_alike(sources: Sequence[Source]) -> None:
     for same_kind in zip(*(source.sidecars for source in sources), strict=True):
         first, *others = same_kind
         for other in others:
-            wanted, found = (
-                {name: fact for name, fact in sidecar.facts.items() if name not in OF_A_SOURCE}
-                for sidecar in (first, other)
-            )
+            wanted, found = shared_facts(first.facts), shared_facts(other.facts)
             if wanted != found:
                 raise ValueError(
                     f"{first.folder} and {other.folder} were not made alike ({difference(wanted, found)}); encode one of them "

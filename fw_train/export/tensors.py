@@ -27,6 +27,7 @@ from fw_train.weights.stage import (
     VIDEO_PREFIX,
     VIDEO_STAGE,
     StageInfo,
+    encodings_metadata,
     read_stage_info,
     validate_stage_weights,
 )
@@ -91,6 +92,7 @@ def plan_export(
         "config_hash": info.config_hash,
         "base_hash": info.base_hash,
         "dtype": next(name for name, known in DTYPES.items() if known == target),
+        **encodings_metadata(info.encodings),
     }
     if config is not None:
         metadata["model"] = json.dumps(to_tree(config)["model"], sort_keys=True)

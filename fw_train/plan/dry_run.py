@@ -21,19 +21,22 @@ from fw_train.checkpoint.layout import Checkpoint
 from fw_train.checkpoint.loading import peek
 from fw_train.conditioning import sidecar_kinds
 from fw_train.config import Config
+from fw_train.data.encodings import Encodings
 from fw_train.data.loader import TrainingData
 from fw_train.data.manifest import Dataset
 from fw_train.data.order import SampleOrder, Segment, accumulation_steps, change_global_batch, rank_slice
-from fw_train.data.sidecar import Sidecar
+from fw_train.data.sidecar import Sidecar, fingerprint
+from fw_train.encoders.latents import load_latent_codec
 from fw_train.model.world import FantasyWorldModel
 from fw_train.plan.estimate import SPARE, Memory, disk_of, largest_size, memory_of
 from fw_train.plan.memory import measure_step, meta_network
 from fw_train.plan.shards import Parameters, owned, parameters_of
 from fw_train.run.data import HeldOut, open_data
+from fw_train.run.encodings import BASE, INIT_FROM, VALIDATION, encoding_problems, encodings_of
 from fw_train.run.folder import refusal
 from fw_train.run.resume import check_configuration, check_data
 from fw_train.weights.base_hash import known_base_hash
-from fw_train.weights.stage import read_stage_info, validate_stage_weights
+from fw_train.weights.stage import read_stage_info, stored_encodings, validate_stage_weights
 from fw_train.weights.wan import open_wan
 
 T = TypeVar("T")
@@ -70,13 +73,17 @@ def dry_run(config: Config, allowed: Collection[str], world: int, say: Callable[
     accumulate = report.run("batch", lambda: _batch(config, world))
     report.run("output", lambda: _output(config, parameters))
     saved = report.run("checkpoint", lambda: _checkpoint(config, allowed))
-    data = _data(report, config)
-    if data and saved:
-        report.run("same data", lambda: _same_data(saved, data, allowed))
+    data, held_out = _data(report, config)
+    encodings = report.run("encoders", lambda: _encoders(config, data)) if data else None
+    if data and saved and encodings:
+        report.run("same data", lambda: _same_data(saved, data, encodings, allowed))
+    others: dict[str, Encodings | None] = {VALIDATION: held_out.encodings if held_out else None}
     if config.weights.base:
-        report.run("base", lambda: _base(config, model))
+        others[BASE] = report.run("base", lambda: _base(config, model))
     if config.weights.init_from:
-        report.run("init_from", lambda: _init_from(config, model))
+        others[INIT_FROM] = report.run("init_from", lambda: _init_from(config, model))
+    for problem in encoding_problems(config, encodings or {}, others, allowed):
+        report.wrong("encoders", problem)
     if accumulate:
         report.run("sharding", lambda: _sharding(config, parameters, world))
         report.run("memory", lambda: _memory(config, parameters, world))
@@ -141,20 +148,24 @@ def _identity(config: Config) -> str | None:
     return known_base_hash(config.weights.base) if config.weights.base else base_identity(config)
 
 
-def _data(report: Report, config: Config) -> TrainingData | None:
+def _data(report: Report, config: Config) -> tuple[TrainingData | None, HeldOut | None]:
     """Every source by itself, so that each says what it lacks, then the mix; the clips held out."""
-    wan = world_params(config).wan
     lacks = [text for source in config.data.sources for text in _lacks(config, source.path)]
     for text in lacks:
         report.wrong("data", text)
-    data = None if lacks else report.run("data", lambda: _mix(config))
+    data, held_out = None if lacks else report.run("data", lambda: _mix(config)), None
     if config.data.validation:
         lacks = list(_lacks(config, config.data.validation))
         for text in lacks:
             report.wrong("validation", text)
         if not lacks:
-            report.run("validation", lambda: (f"{len(HeldOut(config, wan, 0, 1))} clips", None))
-    return data
+            held_out = report.run("validation", lambda: _held_out(config))
+    return data, held_out
+
+
+def _held_out(config: Config) -> tuple[str, HeldOut]:
+    held_out = HeldOut(config, world_params(config).wan, 0, 1)
+    return f"{len(held_out)} clips", held_out
 
 
 def _lacks(config: Config, path: str) -> Iterator[str]:
@@ -182,25 +193,34 @@ def _mix(config: Config) -> tuple[str, TrainingData]:
     return f"{sum(stream.size for stream in data.streams):,} samples ({streams})", data
 
 
-def _same_data(saved: Checkpoint, data: TrainingData, allowed: Collection[str]) -> tuple[str, None]:
-    check_data(saved.manifest.run_state(rng=None), data, allowed)
+def _encoders(config: Config, data: TrainingData) -> tuple[str, Encodings]:
+    """What the data were encoded with; a VAE that encodes while training is loaded for it."""
+    codec = load_latent_codec(config.data.vae) if config.data.latents == "online" else None
+    encodings = encodings_of(data, world_params(config).wan, codec)
+    return ", ".join(f"{kind} {fingerprint(facts)[:16]}" for kind, facts in sorted(encodings.items())), encodings
+
+
+def _same_data(
+    saved: Checkpoint, data: TrainingData, encodings: Encodings, allowed: Collection[str]
+) -> tuple[str, None]:
+    check_data(saved.manifest.run_state(rng=None), data, encodings, allowed)
     return "those of the checkpoint", None
 
 
-def _base(config: Config, model: FantasyWorldModel) -> tuple[str, None]:
+def _base(config: Config, model: FantasyWorldModel) -> tuple[str, Encodings | None]:
     weights = config.weights
     file = open_wan(model.video, weights.base, weights.widen_input)
     known = known_base_hash(weights.base)
     hashed = f"hash {known[:16]}..." if known else "its hash is not known yet: the start reads it once"
-    return f"{file.reader.path}: {len(file.wanted)} tensors fit; {hashed}", None
+    return f"{file.reader.path}: {len(file.wanted)} tensors fit; {hashed}", stored_encodings(file.reader)
 
 
-def _init_from(config: Config, model: FantasyWorldModel) -> tuple[str, None]:
+def _init_from(config: Config, model: FantasyWorldModel) -> tuple[str, Encodings | None]:
     path = config.weights.init_from
     info, identity = read_stage_info(path), _identity(config)
     validate_stage_weights(path, trainable_shapes(model, "stage1"), "stage1", identity or info.base_hash)
     compared = "trained on this base" if identity else f"trained on the base {info.base_hash[:16]}..., not compared yet"
-    return f"{path}: step {info.step} of {info.stage}, {compared}", None
+    return f"{path}: step {info.step} of {info.stage}, {compared}", info.encodings
 
 
 def _sharding(config: Config, parameters: Parameters, world: int) -> tuple[str, None]:

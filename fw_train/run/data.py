@@ -12,6 +12,7 @@ from fw_train.batch import Batch
 from fw_train.conditioning import complete, sidecar_kinds
 from fw_train.config import Config, DataConfig
 from fw_train.data.coded import CodedBatch
+from fw_train.data.encodings import Encodings
 from fw_train.data.expand import expand_batch, expand_video
 from fw_train.data.loader import Augmentation, LoaderParams, SourceParams, TrainingData
 from fw_train.encoders.latents import LatentCodec, first_frame_video, load_latent_codec
@@ -30,9 +31,9 @@ class BatchMaker:
 
     def __init__(self, config: Config, wan: WanParams, device: torch.device) -> None:
         self._wan, self._device = wan, device
-        self._codec: LatentCodec | None = None
+        self.codec: LatentCodec | None = None
         if config.data.latents == "online":
-            self._codec = load_latent_codec(config.data.vae, device)
+            self.codec = load_latent_codec(config.data.vae, device)
 
     def __call__(self, coded: CodedBatch) -> Batch:
         encoded = self._encode(coded)
@@ -48,12 +49,12 @@ class BatchMaker:
         return complete(replace(batch, position=coded.position), self._wan)  # stays on the CPU, where noise is drawn
 
     def _encode(self, coded: CodedBatch) -> Encoded | None:
-        if self._codec is None:
+        if self.codec is None:
             return None
         video = expand_video(coded, self._device).transpose(1, 2)
-        latents = self._codec.encode(video)
+        latents = self.codec.encode(video)
         wants_image = self._wan.inputs.image_channels or self._wan.reference_conv
-        image = self._codec.encode(first_frame_video(video[:, :, 0], video.shape[2])) if wants_image else None
+        image = self.codec.encode(first_frame_video(video[:, :, 0], video.shape[2])) if wants_image else None
         return Encoded(latents, image)
 
 
@@ -77,6 +78,11 @@ class HeldOut:
         self._data = TrainingData([SourceParams(config.data.validation)], params, config.train.seed)
         self._rows = self._spread(config.run.validation_samples)
         self._rank, self._world = rank, world
+
+    @property
+    def encodings(self) -> Encodings:
+        """What the clips were encoded with."""
+        return self._data.encodings
 
     def __len__(self) -> int:
         return len(self._rows)

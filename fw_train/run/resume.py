@@ -5,10 +5,12 @@ from typing import Any
 
 from fw_train.checkpoint.run_state import RunState
 from fw_train.config import Config, ConfigError, to_tree
+from fw_train.data.encodings import Encodings, conflicts
 from fw_train.data.loader import TrainingData
 from fw_train.run.allowed_changes import compare_configs
 
 DATA_FIELD = "data.sources"
+ENCODINGS = "encodings"  # in the facts of a checkpoint, beside those of the loader
 
 
 def check_configuration(saved: RunState, config: Config, allowed: Collection[str], base: str) -> None:
@@ -27,15 +29,24 @@ def check_configuration(saved: RunState, config: Config, allowed: Collection[str
         )
 
 
-def check_data(state: RunState, data: TrainingData, allowed: Collection[str]) -> None:
-    """Refuses data that would give other samples in another order."""
-    if data.fingerprint == state.data_fingerprint or DATA_FIELD in allowed:
+def data_facts(data: TrainingData, encodings: Encodings) -> dict[str, Any]:
+    """What a checkpoint keeps of the data, in plain JSON."""
+    return {**data.facts, ENCODINGS: encodings}
+
+
+def check_data(state: RunState, data: TrainingData, encodings: Encodings, allowed: Collection[str]) -> None:
+    """Refuses data that would give other samples in another order, and another VAE where latents are encoded online."""
+    if DATA_FIELD in allowed:
         return
-    differences = _differences(state.data_facts, data.facts)
-    raise ConfigError(
-        f"the data are not those that the run trained on ({'; '.join(differences) or 'their fingerprints differ'}): put them back, "
-        f"or pass --allow-change {DATA_FIELD} to go on with another order of other samples"
-    )
+    before = {**state.data_facts}
+    known = before.pop(ENCODINGS, {})  # checkpoints of older versions do not have them
+    differences = [] if data.fingerprint == state.data_fingerprint else _differences(before, data.facts)
+    differences += conflicts(encodings, known).values()
+    if differences or data.fingerprint != state.data_fingerprint:
+        raise ConfigError(
+            f"the data are not those that the run trained on ({'; '.join(differences) or 'their fingerprints differ'}): put them "
+            f"back, or pass --allow-change {DATA_FIELD} to go on with another order of other samples"
+        )
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

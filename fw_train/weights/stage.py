@@ -1,13 +1,15 @@
-"""The result of a stage: its trained weights in one safetensors file, with the stage, step and base they belong to.
+"""The result of a stage: its trained weights in one safetensors file, with the stage, step and base they belong to, and what
+encoded the data.
 
 The next stage and inference read it. Stage 0's carries the original Wan names, so that it serves as a base checkpoint.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ FORMAT = "fw_train.weights.stage.v1"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 VIDEO_STAGE = "stage0"  # trains all of the video transformer and nothing else
 VIDEO_PREFIX = "video."
+ENCODINGS = "encodings"  # in the metadata of trained weights, and of what is exported from them
 
 
 class StageInfo(NamedTuple):
@@ -29,6 +32,7 @@ class StageInfo(NamedTuple):
     config_hash: str
     base_hash: str  # of the base weights that the stage trained on
     dtype: torch.dtype  # of all tensors
+    encodings: Mapping[str, Mapping[str, Any]] | None = None  # facts of the encoders by kind; None: not known
 
 
 def write_stage_weights(path: str | Path, tensors: Mapping[str, Tensor], info: StageInfo) -> None:
@@ -75,8 +79,30 @@ def stage_weights_content(
         "config_hash": info.config_hash,
         "base_hash": info.base_hash,
         "dtype": dtype_name,
+        **encodings_metadata(info.encodings),
     }
     return {_stored_name(info.stage, name): tensor.detach() for name, tensor in tensors.items()}, metadata
+
+
+def encodings_metadata(encodings: Mapping[str, Mapping[str, Any]] | None) -> dict[str, str]:
+    """The entry of the metadata that `stored_encodings` reads; none where nothing is known."""
+    return {} if encodings is None else {ENCODINGS: json.dumps(encodings, sort_keys=True, allow_nan=False)}
+
+
+def stored_encodings(reader: CheckpointReader) -> dict[str, dict[str, Any]] | None:
+    """What trained weights, or an export of them, say their data were encoded with; None where they say nothing."""
+    text = reader.metadata.get(ENCODINGS)
+    if text is None or not reader.metadata.get("format", "").startswith("fw_train."):
+        return None
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not all(isinstance(facts, dict) for facts in found.values()):
+        raise CheckpointError(
+            f"{reader.path}: metadata that make no sense: {ENCODINGS}={text!r:.60}; fetch the file again"
+        )
+    return found
 
 
 def read_stage_info(path: str | Path) -> StageInfo:
@@ -145,7 +171,12 @@ def _info(reader: CheckpointReader) -> StageInfo:
     if bad:
         raise CheckpointError(f"{reader.path}: metadata that make no sense: {', '.join(bad)}; fetch the file again")
     return StageInfo(
-        texts["stage"], int(texts["step"]), texts["config_hash"], texts["base_hash"], DTYPES[texts["dtype"]]
+        texts["stage"],
+        int(texts["step"]),
+        texts["config_hash"],
+        texts["base_hash"],
+        DTYPES[texts["dtype"]],
+        stored_encodings(reader),
     )
 
 

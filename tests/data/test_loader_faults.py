@@ -272,6 +272,13 @@ def test_quarantined_samples_are_never_drawn_and_change_the_fingerprint(out, cap
         data.sample_batch(0, [3], [0])
 
 
+@pytest.mark.parametrize("text", ['{"key": "a1", "fau', '{"key": "a1"}\n', "\0" * 8])
+def test_a_quarantine_list_that_cannot_be_read_is_refused(out, text):
+    (out / "quarantine.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=r"quarantine\.jsonl, line 1"):
+        open_data(out)
+
+
 def test_the_fingerprint_follows_what_is_trained_on(made, out):
     first = open_data(out)
     assert open_data(out).fingerprint == first.fingerprint

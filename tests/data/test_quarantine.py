@@ -1,6 +1,15 @@
+from pathlib import Path
+
 import pytest
 
-from fw_train.data.quarantine import QUARANTINE, QuarantineEntry, read_quarantine, write_quarantine
+from fw_train.data.quarantine import (
+    QUARANTINE,
+    WRITTEN,
+    QuarantineEntry,
+    lost_entries,
+    read_quarantine,
+    write_quarantine,
+)
 from fw_train.data.strict_json import SchemaError
 
 ENTRIES = (
@@ -13,7 +22,7 @@ ENTRIES = (
 def test_a_list_comes_back_sorted_by_key(tmp_path):
     write_quarantine(tmp_path, [*ENTRIES, ENTRIES[0]])
     assert read_quarantine(tmp_path) == (ENTRIES[1], ENTRIES[2], ENTRIES[0])
-    assert [path.name for path in tmp_path.iterdir()] == [QUARANTINE]
+    assert {path.name for path in tmp_path.iterdir()} == {QUARANTINE, WRITTEN}
     assert "–" in (tmp_path / QUARANTINE).read_text(encoding="utf-8")  # legible to whoever edits it
 
 
@@ -56,3 +65,22 @@ def test_a_damaged_line_is_an_error_that_says_where(tmp_path, line, what):
     with pytest.raises(SchemaError, match=what) as error:
         read_quarantine(tmp_path)
     assert f"{QUARANTINE}, line 2" in str(error.value)
+
+
+def test_lines_that_are_gone_since_the_list_was_written_are_known(tmp_path):
+    assert lost_entries(tmp_path, None) == ()
+    write_quarantine(tmp_path, ENTRIES)
+    assert lost_entries(tmp_path, None) == ()
+    path = tmp_path / QUARANTINE
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]).replace("3 to 9", "3 to 7"))
+    assert lost_entries(tmp_path, None) == (ENTRIES[0],)
+    assert lost_entries(tmp_path, {"a"}) == ()
+    path.unlink()
+    assert len(lost_entries(tmp_path, None)) == 3
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.symlink_to("nowhere")])
+def test_what_cannot_be_read_is_not_taken_for_no_list(tmp_path, make):
+    make(tmp_path / QUARANTINE)
+    with pytest.raises(SchemaError, match=r"quarantine\.jsonl cannot be read \(.*\); put the list back"):
+        read_quarantine(tmp_path)

@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from data_tools import audit
 from data_tools.audit_checks import FAULTS, Finding
 from data_tools.audit_clip import ClipAudit
 from data_tools.paths import PATH_KINDS
-from fw_train.data.quarantine import QUARANTINE, QuarantineEntry, read_quarantine, write_quarantine
+from fw_train.data.quarantine import QUARANTINE, WRITTEN, QuarantineEntry, read_quarantine, write_quarantine
 from fw_train.geometry import invert_rigid
 
 
@@ -127,6 +128,12 @@ def test_clean_data_has_no_faults(clean, capsys):
     assert not (clean / QUARANTINE).exists()
 
 
+def forget_list(out):
+    """As who wants to train on everything again."""
+    for name in (QUARANTINE, WRITTEN):
+        (out / name).unlink()
+
+
 def test_lines_made_by_hand_survive_and_old_findings_go(clean, caplog):
     manual = QuarantineEntry("orbit", "manual", "a watermark")
     foreign = QuarantineEntry("gone", "manual", "of a clip that is no longer packed")
@@ -137,7 +144,25 @@ def test_lines_made_by_hand_survive_and_old_findings_go(clean, caplog):
     assert command(audit, clean, "--workers", 1, "--pictures", 0) == 0
     assert set(read_quarantine(clean)) == {manual, foreign, other_tool}
     assert "names gone, which the dataset does not have" in caplog.text
-    (clean / QUARANTINE).unlink()
+    forget_list(clean)
+
+
+def test_a_list_that_lost_what_people_wrote_is_an_error_before_the_work(clean, tmp_path):
+    out = shutil.copytree(clean, tmp_path / "out")
+    found, manual, foreign = (
+        QuarantineEntry(*line)
+        for line in (("pan", "pose-inverted", ""), ("orbit", "manual", "a watermark"), ("gone", "manual", ""))
+    )
+    write_quarantine(out, [found, manual, foreign])
+    (out / QUARANTINE).unlink()
+    with pytest.raises(ValueError, match=r"has lost 1 lines, the first for orbit \(manual\); copy them back from"):
+        command(audit, out, "--workers", 1)
+    with pytest.raises(ValueError, match="has lost 2 lines"):  # those of other clips would not be found again
+        command(audit, out, "--workers", 1, "--clips", 2)
+    assert len(read_quarantine(out, WRITTEN)) == 3
+    (out / QUARANTINE).write_text('{"key": "orbit", "fault": "manual"}')
+    assert command(audit, out, "--workers", 1, "--pictures", 0) == 0
+    assert {entry.key for entry in read_quarantine(out, WRITTEN)} == {"orbit"}
 
 
 def test_an_audit_of_some_clips_leaves_the_lines_of_others(clean):
@@ -146,7 +171,7 @@ def test_an_audit_of_some_clips_leaves_the_lines_of_others(clean):
     assert command(audit, clean, "--workers", 1, "--pictures", 0, "--clips", 2) == 0  # rows 0 and 5: affine first
     assert len((clean / audit.NUMBERS).read_text().splitlines()) == 2
     assert read_quarantine(clean) == (old[1],)
-    (clean / QUARANTINE).unlink()
+    forget_list(clean)
 
 
 def test_a_damaged_list_is_an_error_before_the_work(clean):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from trained_stages import random_base, tiny_wan_of, trained
+from trained_stages import ENCODINGS, random_base, tiny_wan_of, trained
 
 from fw_train.build import on_meta
 from fw_train.cli import main
@@ -21,7 +21,7 @@ from fw_train.model.wan import WanDiT
 from fw_train.model.world import FantasyWorldModel
 from fw_train.weights.base_hash import base_hash
 from fw_train.weights.files import CheckpointError, TensorInfo, open_checkpoint
-from fw_train.weights.stage import StageInfo, read_stage_info, write_stage_weights
+from fw_train.weights.stage import StageInfo, read_stage_info, stored_encodings, write_stage_weights
 from fw_train.weights.wan import load_wan
 from samples import make_batch, tiny_params
 
@@ -131,6 +131,7 @@ def test_trained_weights_alone(runs, tmp_path, layout):
     metadata = open_checkpoint(path).metadata
     assert (metadata["stage"], metadata["step"], metadata["contents"]) == ("stage2", "3", "trainable")
     assert metadata["base_hash"] == read_stage_info(runs["stage2"]).base_hash
+    assert stored_encodings(open_checkpoint(path)) == ENCODINGS
 
 
 def test_trained_weights_alone_need_no_configuration(runs, tmp_path):

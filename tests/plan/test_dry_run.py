@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import struct
 from types import SimpleNamespace
 
@@ -126,6 +127,32 @@ def test_a_base_of_another_shape_is_refused_by_its_header(write, tmp_path):
     code, text = said(path, f"weights.base={base}", "model.ffn_dim=48")
     assert wrong(text) == ["base"]
     assert "set model.ffn_dim=32" in text
+
+
+def test_what_was_encoded_otherwise_is_refused(write, data, tmp_path):
+    path = write()
+    copy = shutil.copytree(data, tmp_path / "copy")
+    make_sidecar(Dataset(copy), "text", noise_facts("text", encoder="another"))
+    video = load_model(load_config(path, ["train.stage=stage0"]), "cpu").video
+    base = tmp_path / "base.safetensors"
+    trained = {"text": noise_facts("text"), "latent": {"encoder": "another VAE"}}
+    info = StageInfo("stage0", 1, "config", "base", torch.float32, trained)
+    write_stage_weights(base, {f"video.{name}": p for name, p in video.named_parameters()}, info)
+    words = (f"data.validation={copy}", f"weights.base={base}")
+    code, text = said(path, *words)
+    assert (code, wrong(text)) == (1, ["encoders", "encoders"]), text
+    assert "(`text` has the fingerprint" in text
+    assert "encoder: 'another VAE' there, 'noise' here" in text
+    assert said(path, *words, allowed=("weights.base", "data.validation"))[0] == 0
+
+
+def test_a_vae_that_cannot_be_loaded_is_refused(write, tmp_path):
+    online = ("data.latents=online", f"data.vae={tmp_path}")
+    code, text = said(write(), *online)
+    assert (code, wrong(text)) == (1, ["encoders"]), text
+    assert "holds no VAE" in text
+    code, text = said(write(), "data.latents=online", "data.vae=dct")
+    assert code == 0, text
 
 
 def test_sharding_that_loses_an_element_is_found(write, monkeypatch):
