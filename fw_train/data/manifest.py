@@ -6,7 +6,7 @@
     manifest.jsonl            a summary, a line for each shard, a seal; written last
 
 The last three follow from the indexes alone, byte for byte. A seal is the SHA-256 of the lines before it; a row of
-`samples.bin` has a CRC. A reader maps that table and touches only the rows it needs, whatever their number.
+`samples.bin` has a CRC. A reader of that table reads only the rows it needs, whatever their number.
 """
 
 import hashlib
@@ -27,6 +27,7 @@ from fw_train.data.codec_format import PresetName
 from fw_train.data.schema import KEY_LENGTH, SUFFIXES, VERSION, Bucket
 from fw_train.data.shards import SHARD_NAME, IndexedSample, Member, ShardError, ShardFiles, sort_key
 from fw_train.data.strict_json import SchemaError, read_json, read_record
+from fw_train.data.table import Table
 
 MANIFEST, ROWS, REJECTS, INDEX_SUFFIX = "manifest.jsonl", "samples.bin", "rejects.jsonl", ".index.jsonl"
 
@@ -303,7 +304,8 @@ class Dataset:
         if not self.manifest.header.samples:
             rejected = self.manifest.header.rejects
             raise ShardError(f"{self.folder} holds no samples: all {rejected} clips are in {self.folder / REJECTS}")
-        self._rows = map_rows(self.folder, self.manifest.header.samples)
+        samples = self.manifest.header.samples
+        self._rows = Table(self.folder / ROWS, ROW, samples, "`fw data pack --manifest-only` restores it")
         self._files = ShardFiles(self.folder)
 
     def __len__(self) -> int:
@@ -326,35 +328,27 @@ class Dataset:
 
     def find(self, key: str) -> int:
         """The row of a key; looks through all rows."""
-        rows = np.flatnonzero(self._rows["key"] == key.encode())
+        rows = self.find_all([key])
         if not len(rows):
             raise ShardError(f"{self.folder} has no sample {key!r:.100}")
         return int(rows[0])
 
     def find_all(self, keys: Iterable[str]) -> NDArray[np.int64]:
         """The rows, ascending, of those keys that are there; looks through all rows, unless there are no keys."""
-        wanted = np.unique(np.array([key.encode() for key in keys], f"S{KEY_LENGTH}"))
-        if not len(wanted):
-            return np.empty(0, np.int64)
-        column = self._rows["key"]
-        nearest = np.minimum(np.searchsorted(wanted, column), len(wanted) - 1)
-        return np.flatnonzero(wanted[nearest] == column)
+        wanted = {key.encode() for key in keys}
+        blocks = self._rows.blocks() if wanted else ()
+        found = [first + at for first, rows in blocks for at, key in enumerate(rows["key"].tolist()) if key in wanted]
+        return np.array(found, np.int64)
+
+    def keys(self) -> NDArray[np.bytes_]:
+        """The keys of all rows."""
+        return self._rows.column("key")
 
     def close(self) -> None:
         self._files.close()
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a mapped table would be copied
+    def __reduce__(self) -> tuple[Any, ...]:  # the table is a file of this process
         return Dataset, (self.folder,)
-
-
-def map_rows(folder: Path, samples: int) -> NDArray[np.void]:
-    """The table of samples, mapped and not read."""
-    path = folder / ROWS
-    if not path.is_file():
-        raise ShardError(f"{path} is missing; `fw data pack --manifest-only` restores it")
-    if path.stat().st_size != samples * ROW.itemsize:
-        raise ShardError(f"{path} has {path.stat().st_size} bytes; {samples} samples need {samples * ROW.itemsize}")
-    return np.memmap(path, ROW, "r")
 
 
 def parse_row(row: np.void, shards: Sequence[ManifestShard], where: str) -> Sample:

@@ -23,6 +23,7 @@ from fw_train.data.sidecar_files import (
     read_manifest,
 )
 from fw_train.data.sidecar_tensor import KINDS, LATENT_KINDS, latent_shape, parse_tensor, suffix_of
+from fw_train.data.table import Table
 
 __all__ = ["KINDS", "Sidecar", "fingerprint", "read_empty_text"]
 
@@ -37,11 +38,7 @@ class Sidecar:
         self.facts: Facts = manifest.facts
         self.fingerprint = manifest.header.fingerprint
         self._shards, self._buckets = manifest.shards, dataset.buckets
-        path = self.folder / ROWS
-        size = len(dataset) * ROW.itemsize
-        if not path.is_file() or path.stat().st_size != size:
-            raise ShardError(f"{path} is missing or has not the {size} bytes of {len(dataset)} samples; {REMEDY}")
-        self._rows = np.memmap(path, ROW, "r")
+        self._rows = Table(self.folder / ROWS, ROW, len(dataset), REMEDY)
         self._files = ShardFiles(self.folder, REMEDY)
 
     def __len__(self) -> int:
@@ -74,7 +71,7 @@ class Sidecar:
 
     def largest(self, without: NDArray[np.int64]) -> int:
         """The row with the most bytes, some rows left out; looks through all rows."""
-        sizes = np.array(self._rows["size"])
+        sizes = self._rows.column("size")
         sizes[without] = 0
         return int(sizes.argmax())
 
@@ -85,7 +82,7 @@ class Sidecar:
         """The bucket of a row."""
         return next(Bucket.parse(b.bucket) for b in self._buckets if row < b.first + b.samples)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a mapped table would be copied
+    def __reduce__(self) -> tuple[Any, ...]:  # the table is a file of this process
         return Sidecar, (self.dataset, self.kind)
 
 
