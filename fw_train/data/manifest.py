@@ -15,6 +15,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -295,31 +296,45 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(header, lines)
 
 
+class Places(NamedTuple):
+    """What finding samples takes of a manifest."""
+
+    samples: int
+    shards: tuple[str, ...]
+    buckets: tuple[BucketRows, ...]
+
+
 class Dataset:
     """Random access to a packed dataset by row; may be used from several processes and pickled."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, places: Places | None = None) -> None:
+        """`places` is what copies in other processes have: a manifest of a million samples takes half a second to check."""
         self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder)
-        if not self.manifest.header.samples:
-            rejected = self.manifest.header.rejects
-            raise ShardError(f"{self.folder} holds no samples: all {rejected} clips are in {self.folder / REJECTS}")
-        samples = self.manifest.header.samples
-        self._rows = Table(self.folder / ROWS, ROW, samples, "`fw data pack --manifest-only` restores it")
+        self._places = places or self._checked_places()
+        self._rows = Table(self.folder / ROWS, ROW, self._places.samples, "`fw data pack --manifest-only` restores it")
         self._files = ShardFiles(self.folder)
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        return read_manifest(self.folder)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     @property
+    def shards(self) -> tuple[str, ...]:
+        """Names, in the order of the table."""
+        return self._places.shards
+
+    @property
     def buckets(self) -> tuple[BucketRows, ...]:
-        return self.manifest.buckets
+        return self._places.buckets
 
     def sample(self, row: int) -> Sample:
         """Where the sample of a row lies."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} is not in {self.folder}, which has rows 0 to {len(self) - 1}")
-        return parse_row(self._rows[row], self.manifest.shards, f"{self.folder / ROWS}, row {row}")
+        return parse_row(self._rows[row], self.shards, f"{self.folder / ROWS}, row {row}")
 
     def read(self, row: int, suffixes: Sequence[str] = SUFFIXES) -> dict[str, bytes]:
         """The checked bytes of some members of a sample."""
@@ -347,17 +362,25 @@ class Dataset:
     def close(self) -> None:
         self._files.close()
 
-    def __reduce__(self) -> tuple[Any, ...]:  # the table is a file of this process
-        return Dataset, (self.folder,)
+    def _checked_places(self) -> Places:
+        header, shards = self.manifest
+        if not header.samples:
+            raise ShardError(
+                f"{self.folder} holds no samples: all {header.rejects} clips are in {self.folder / REJECTS}"
+            )
+        return Places(header.samples, tuple(line.shard for line in shards), self.manifest.buckets)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # open files stay where they are
+        return Dataset, (self.folder, self._places)
 
 
-def parse_row(row: np.void, shards: Sequence[ManifestShard], where: str) -> Sample:
-    """A row of the table, checked."""
+def parse_row(row: np.void, shards: Sequence[str], where: str) -> Sample:
+    """A row of the table, checked; `shards` are all names."""
     if zlib.crc32(row.tobytes()[:_ROW_CRC_AT]) != row["row_crc32"] or row["shard"] >= len(shards):
         raise ShardError(f"{where} is damaged; `fw data pack --manifest-only` writes the table again")
     places = zip(SUFFIXES, row["offset"].tolist(), row["size"].tolist(), row["crc32"].tolist(), strict=True)
     members = {place[0]: Member(*place) for place in places}
-    return Sample(row["key"].decode(), shards[int(row["shard"])].shard, members)
+    return Sample(row["key"].decode(), shards[int(row["shard"])], members)
 
 
 def _rows(index: ShardIndex, number: int) -> NDArray[np.void]:

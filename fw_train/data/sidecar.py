@@ -31,13 +31,12 @@ __all__ = ["KINDS", "Sidecar", "fingerprint", "read_empty_text"]
 class Sidecar:
     """Random access by row to one kind of encoded members; may be used from several processes and pickled."""
 
-    def __init__(self, dataset: Dataset, kind: str) -> None:
+    def __init__(self, dataset: Dataset, kind: str, facts: Facts | None = None) -> None:
+        """`facts` are what copies in other processes have, for which all was checked before."""
         self.dataset, self.kind = dataset, kind
         self.folder = dataset.folder / kind
-        manifest = _matching_manifest(dataset, kind)
-        self.facts: Facts = manifest.facts
-        self.fingerprint = manifest.header.fingerprint
-        self._shards, self._buckets = manifest.shards, dataset.buckets
+        self.facts = _matching_manifest(dataset, kind).facts if facts is None else facts
+        self.fingerprint = fingerprint(self.facts)
         self._rows = Table(self.folder / ROWS, ROW, len(dataset), REMEDY)
         self._files = ShardFiles(self.folder, REMEDY)
 
@@ -55,7 +54,7 @@ class Sidecar:
     def read(self, row: int) -> dict[str, Tensor]:
         """The checked tensor of a sample, under the name of the kind."""
         sample = self.dataset.sample(row)
-        key, shard, place = parse_row(self._rows[row], self._shards, f"{self.folder / ROWS}, row {row}")
+        key, shard, place = parse_row(self._rows[row], self.dataset.shards, f"{self.folder / ROWS}, row {row}")
         where = f"{self.folder / shard}.tar: {key}.{suffix_of(self.kind)}"
         if (key, shard) != (sample.key, sample.shard):
             raise ShardError(
@@ -80,10 +79,10 @@ class Sidecar:
 
     def _bucket(self, row: int) -> Bucket:
         """The bucket of a row."""
-        return next(Bucket.parse(b.bucket) for b in self._buckets if row < b.first + b.samples)
+        return next(Bucket.parse(b.bucket) for b in self.dataset.buckets if row < b.first + b.samples)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # the table is a file of this process
-        return Sidecar, (self.dataset, self.kind)
+    def __reduce__(self) -> tuple[Any, ...]:  # open files stay where they are
+        return Sidecar, (self.dataset, self.kind, self.facts)
 
 
 def read_empty_text(dataset: Dataset) -> Tensor:

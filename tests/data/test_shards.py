@@ -222,6 +222,18 @@ def test_readers_are_copied_without_their_open_files(tmp_path):
     assert copy.read(0) == first == dataset.read(0)
 
 
+def test_copies_take_over_what_was_checked_and_read_no_manifest(tmp_path):
+    make_dataset(tmp_path)
+    dataset = Dataset(tmp_path)
+    data, manifest = pickle.dumps(dataset), dataset.manifest
+    (tmp_path / "manifest.jsonl").rename(tmp_path / "aside")
+    copy = pickle.loads(data)
+    assert [copy.sample(row) for row in range(3)] == [dataset.sample(row) for row in range(3)]
+    assert copy.buckets == manifest.buckets
+    (tmp_path / "aside").rename(tmp_path / "manifest.jsonl")
+    assert copy.manifest == manifest
+
+
 def test_few_shards_stay_open(tmp_path, monkeypatch):
     monkeypatch.setattr("fw_train.data.shards.MAX_OPEN", 2)
     for number in range(4):
