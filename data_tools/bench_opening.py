@@ -106,9 +106,9 @@ def _memory(pid: int) -> Memory:
     found = {}
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
         name, kib, *_ = line.split()
-        found[name] = int(kib) / 1e3
+        found[name] = int(kib) * 1.024e-3
     shared = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("RssShmem:"))
-    return Memory(found["Rss:"], int(shared.split()[1]) / 1e3, found["Pss:"])
+    return Memory(found["Rss:"], int(shared.split()[1]) * 1.024e-3, found["Pss:"])
 
 
 def _below(pid: int) -> Iterator[int]:
