@@ -4,7 +4,7 @@
     fw bench data packed/ --raw raw/ --cold                 # with the files thrown out of the page cache all along
     fw bench data packed/ --latents                         # latents and texts of noise, as stage 2 reads them
     fw bench data packed/ --memory 5000 --plot memory.png   # resident memory of all processes over that many samples
-    fw bench data packed/ --open 1000000                    # a generated table of that many samples
+    fw bench data packed/ --open 1000000                    # a generated table of that many samples, with sidecars and quarantine
 
 Loaders take turns, `--repeats` times; medians count. What a loader gives is copied once, as pinning would. MB/s are the bytes
 that are read from files. CPU ms are the processor time of all processes for a sample: what a busy machine does not distort.
@@ -28,8 +28,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data_tools.bench_memory import measure_memory, measure_opening
+from data_tools.bench_memory import measure_memory
+from data_tools.bench_opening import measure_opening
 from data_tools.bench_rivals import npy_batches, tensors_of, webdataset_batches
+from data_tools.bench_sidecars import NOISE_KINDS, with_noise_sidecars
 from fw_train.data import schema
 from fw_train.data.arena import Arena
 from fw_train.data.augment import Augmentation, draw_view
@@ -39,13 +41,10 @@ from fw_train.data.fetch import Fetcher, Request, slot_bytes
 from fw_train.data.loader import LoaderParams, SourceParams, TrainingData
 from fw_train.data.manifest import Dataset
 from fw_train.data.schema import Bucket
-from fw_train.data.sidecar_files import finish_sidecar, write_shard
-from fw_train.data.sidecar_tensor import tensor_bytes
 from fw_train.data.streams import open_streams
 from fw_train.data.video import decode_video
 
 PREFETCH = 2
-TEXT = 96, 4096  # tokens of a usual caption, features
 
 
 class Variant(NamedTuple):
@@ -83,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     bucket = Bucket.parse(dataset.buckets[0].bucket)
     print(f"{bucket}, {dataset.buckets[0].samples} clips; load of the machine before: {os.getloadavg()[0]:.1f}")
     if args.open:
-        measure_opening(dataset, args.open)
+        measure_opening(args.out, args.open, args.workers)
         return 0
     if args.memory:
         measure_memory(args.out, _params(bucket, max(args.workers)), args.memory, args.plot)
@@ -200,29 +199,15 @@ def _ours(out: Path, params: LoaderParams) -> Iterator[list[Tensor]]:
 
 
 def _latents(out: Path, folder: Path) -> Variant:
-    """Our loader on latents and texts of noise, beside links to the dataset's files."""
-    for path in out.iterdir():
-        if path.is_file():
-            os.link(path, folder / path.name)
-    dataset = Dataset(folder)
-    generator = torch.Generator().manual_seed(0)
-    for kind in ("latent", "text"):
-        facts = {"encoder": "noise", "size": "native", "frames": "native"}
-        for line in dataset.manifest.shards:
-            height, width, frames = Bucket.parse(line.bucket)
-            shape = TEXT if kind == "text" else (16, (frames - 1) // 4 + 1, height // 8, width // 8)
-            rows = range(line.first, line.first + line.totals.samples)
-            samples = ((dataset.sample(row).key, torch.randn(shape, generator=generator)) for row in rows)
-            write_shard(folder / kind, kind, line, facts, samples)
-        empty = tensor_bytes("text", torch.zeros(1, TEXT[1]), "empty") if kind == "text" else None
-        finish_sidecar(folder / kind, kind, dataset.manifest, empty)
+    """Our loader on latents and texts of noise."""
+    dataset = with_noise_sidecars(out, folder)
     bucket = Bucket.parse(dataset.buckets[0].bucket)
-    tars = [path for kind in ("latent", "text") for path in (folder / kind).glob("*.tar")]
+    tars = [path for kind in NOISE_KINDS for path in (folder / kind).glob("*.tar")]
 
     def batches(workers: int) -> Iterator[list[Tensor]]:
         size = bucket.height, bucket.width
         params = LoaderParams(
-            bucket.frames, (size,), "sidecar", ("latent", "text"), labels=False, workers=workers, prefetch=PREFETCH
+            bucket.frames, (size,), "sidecar", NOISE_KINDS, labels=False, workers=workers, prefetch=PREFETCH
         )
         return _ours(folder, params)
 

@@ -5,12 +5,13 @@ frames stretched, cropped or padded to a size of their own; `Region` says which 
 Axes: T frames, h x w pixels of the network.
 """
 
+import math
 import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -20,11 +21,15 @@ from data_tools.convert_clip import Labels, Source, rotations
 from data_tools.framing import Fit, Region, fitted_region, region_intrinsics
 from data_tools.pictures import Pictures, natural_order
 from fw_train.batch import DepthKind
+from fw_train.data.schema import read_npy_header
 from fw_train.geometry import Cameras, invert_rigid
 
 Array = NDArray[Any]
 
 VGGT_SIDE, VGGT_STEP = 518, 14
+NETWORK_PIXELS = 2048 * 2048  # of a frame: more than these networks give, for pictures that are smaller
+HEADER_BYTES = 1 << 16  # of an npy file, more than np.save writes
+READ_BYTES = 1 << 20
 DEPTH = ("depth", "depths", "depthmaps", "depth_map", "disparity", "predictions", "arr_0")
 POINTS = ("world_points", "pts3d", "points")
 CONFIDENCE = ("depth_conf", "conf", "confidence", "world_points_conf")
@@ -38,7 +43,7 @@ def read_vggt(path: Path, pictures: Pictures, fit: Fit | None, least_confidence:
 
     Points are the depth unprojected, which its authors found better than `world_points`; these are read where depth is missing.
     """
-    arrays = _Arrays(path)
+    arrays = _Arrays(path, pictures)
     cam_from_world = _batchless(arrays.need(("extrinsic", "extrinsics"), "cameras"), 3)
     matrix = _batchless(arrays.need(("intrinsic", "intrinsics"), "cameras"), 3)
     _shape(path, "intrinsic", matrix, (len(pictures.names), 3, 3))
@@ -52,7 +57,7 @@ def read_vggt(path: Path, pictures: Pictures, fit: Fit | None, least_confidence:
 def read_dust3r(path: Path, pictures: Pictures, fit: Fit | None, least_confidence: float | None) -> Source:
     """DUSt3R's aligned scene: im_poses [T, 4, 4] (world_from_cam), focals [T] in the network's pixels, and depths [T, h, w] or
     pts3d [T, h, w, 3]."""
-    arrays = _Arrays(path)
+    arrays = _Arrays(path, pictures)
     frames = len(pictures.names)
     world_from_cam = arrays.need(C2W, "cameras")
     _shape(path, "im_poses", world_from_cam, (frames, 4, 4))
@@ -76,11 +81,11 @@ def read_depth_anything(path: Path, pictures: Pictures, cameras: Cameras, kind: 
     inputs: tuple[Path, ...] = (path,)
     if path.is_dir():
         inputs = tuple(sorted(path.glob("*.npy"), key=natural_order))
-        depth = np.stack([_load(file) for file in inputs]) if inputs else np.empty(0)
+        depth = np.stack([_load(file, pictures) for file in inputs]) if inputs else np.empty(0)
     elif path.suffix == ".npy":
-        depth = _load(path)
+        depth = _load(path, pictures)
     else:
-        arrays = _Arrays(path)
+        arrays = _Arrays(path, pictures)
         depth = arrays.need(DEPTH if len(arrays.names) > 1 else tuple(arrays.names), "depth")
     depth = _frames_of(path, depth, frames)
     replaces = frozenset({"depth", "points"} if kind == "metric" else {"depth"})
@@ -167,8 +172,8 @@ def vggt_region(picture: tuple[int, int], labels: tuple[int, int]) -> Region:
 class _Arrays:
     """Arrays by name, each read when it is asked for: others in the file may be pickled."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, pictures: Pictures) -> None:
+        self.path, self._pictures = path, pictures
         self.names: Mapping[str, Path | None]
         if path.is_dir():
             self.names = {file.stem: file for file in sorted(path.glob("*.npy"))}
@@ -190,7 +195,8 @@ class _Arrays:
             return None
         if name not in self._read:
             file = self.names[name]
-            self._read[name] = _load(self.path, name) if file is None else _load(file)
+            read = _load_packed(self.path, name, self._pictures) if file is None else _load(file, self._pictures)
+            self._read[name] = read
         return self._read[name]
 
     def need(self, names: tuple[str, ...], what: str) -> Array:
@@ -201,20 +207,45 @@ class _Arrays:
         return found
 
 
-def _load(path: Path, name: str | None = None) -> Array:
-    where = f"{path}, {name}" if name else f"{path}"
+def _load(path: Path, pictures: Pictures) -> Array:
+    with open(path, "rb") as file:
+        return _read_array(file, path.stat().st_size, f"{path}", pictures)
+
+
+def _load_packed(path: Path, name: str, pictures: Pictures) -> Array:
+    """An array of an npz file."""
+    where = f"{path}, {name}"
     try:
-        loaded = np.load(path, allow_pickle=False)
-        if name is not None:
-            with loaded:
-                loaded = loaded[name]
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(
-            f"{where} is damaged or holds pickled objects, which are not read ({error}); save plain arrays"
-        ) from None
-    if not isinstance(loaded, np.ndarray) or loaded.dtype.kind not in "fiu":
+        with zipfile.ZipFile(path) as archive:
+            info = archive.getinfo(f"{name}.npy")
+            with archive.open(info) as file:
+                return _read_array(file, info.file_size, where, pictures)
+    except (KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{where} is damaged, or packed as np.savez does not do it ({error}); save it again") from None
+
+
+def _read_array(file: IO[bytes], file_bytes: int, where: str, pictures: Pictures) -> Array:
+    """The numbers of an npy file; what cannot be labels of the pictures is refused before it is read or unpacked."""
+    start = file.read(HEADER_BYTES)
+    header = read_npy_header(start, file_bytes, where)
+    if header.dtype.kind not in "fiu":
         raise ValueError(f"{where} holds no plain numbers; save arrays of float32")
-    return loaded
+    frames, pixels = len(pictures.names), max(pictures.height * pictures.width, NETWORK_PIXELS)
+    if math.prod(header.shape) > 3 * frames * pixels:
+        raise ValueError(
+            f"{where} declares {list(header.shape)} {header.dtype}: more than x, y and z of {pixels} pixels in {frames} frames, so "
+            "it does not belong to this clip; save its labels at the size that the network gave"
+        )
+    data, at = bytearray(file_bytes), len(start)
+    data[:at] = start
+    while part := file.read(
+        min(READ_BYTES, file_bytes - at)
+    ):  # never all that there is: zip files may hold more than they declare
+        data[at : at + len(part)] = part
+        at += len(part)
+    if at < file_bytes:
+        raise ValueError(f"{where} ends after {at} of {file_bytes} bytes; copy or save it again")
+    return header.array(data)
 
 
 def _label_size(path: Path, arrays: _Arrays) -> tuple[int, int]:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from data_tools import normals
 from fw_train.atomic_files import write_file
 from fw_train.data.codec import decode_depth, decode_points
-from fw_train.data.manifest import Dataset, map_rows
+from fw_train.data.manifest import Dataset
 from fw_train.data.schema import CAMERA, DEPTH, INFO, POINTS, VIDEO, SampleInfo, parse_cameras, parse_info
 from fw_train.data.shards import ShardError
 from fw_train.data.strict_json import SchemaError
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 def find_row(dataset: Dataset, key: str) -> int:
     """The row of a key; the error for an unknown one names those nearest to it."""
-    keys = map_rows(dataset.folder, len(dataset))["key"]
+    keys = dataset.keys()
     rows = np.flatnonzero(keys == key.encode())
     if len(rows):
         return int(rows[0])

@@ -6,7 +6,7 @@
     manifest.jsonl            a summary, a line for each shard, a seal; written last
 
 The last three follow from the indexes alone, byte for byte. A seal is the SHA-256 of the lines before it; a row of
-`samples.bin` has a CRC. A reader maps that table and touches only the rows it needs, whatever their number.
+`samples.bin` has a CRC. A reader of that table reads only the rows it needs, whatever their number.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from fw_train.data.codec_format import PresetName
 from fw_train.data.schema import KEY_LENGTH, SUFFIXES, VERSION, Bucket, refuse_url
 from fw_train.data.shards import SHARD_NAME, IndexedSample, Member, ShardError, ShardFiles, sort_key
 from fw_train.data.strict_json import SchemaError, read_json, read_record
+from fw_train.data.table import Table
 
 MANIFEST, ROWS, REJECTS, INDEX_SUFFIX = "manifest.jsonl", "samples.bin", "rejects.jsonl", ".index.jsonl"
 
@@ -295,30 +297,45 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(header, lines)
 
 
+class Places(NamedTuple):
+    """What finding samples takes of a manifest."""
+
+    samples: int
+    shards: tuple[str, ...]
+    buckets: tuple[BucketRows, ...]
+
+
 class Dataset:
     """Random access to a packed dataset by row; may be used from several processes and pickled."""
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, places: Places | None = None) -> None:
+        """`places` is what copies in other processes have: a manifest of a million samples takes half a second to check."""
         self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder)
-        if not self.manifest.header.samples:
-            rejected = self.manifest.header.rejects
-            raise ShardError(f"{self.folder} holds no samples: all {rejected} clips are in {self.folder / REJECTS}")
-        self._rows = map_rows(self.folder, self.manifest.header.samples)
+        self._places = places or self._checked_places()
+        self._rows = Table(self.folder / ROWS, ROW, self._places.samples, "`fw data pack --manifest-only` restores it")
         self._files = ShardFiles(self.folder)
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        return read_manifest(self.folder)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     @property
+    def shards(self) -> tuple[str, ...]:
+        """Names, in the order of the table."""
+        return self._places.shards
+
+    @property
     def buckets(self) -> tuple[BucketRows, ...]:
-        return self.manifest.buckets
+        return self._places.buckets
 
     def sample(self, row: int) -> Sample:
         """Where the sample of a row lies."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} is not in {self.folder}, which has rows 0 to {len(self) - 1}")
-        return parse_row(self._rows[row], self.manifest.shards, f"{self.folder / ROWS}, row {row}")
+        return parse_row(self._rows[row], self.shards, f"{self.folder / ROWS}, row {row}")
 
     def read(self, row: int, suffixes: Sequence[str] = SUFFIXES) -> dict[str, bytes]:
         """The checked bytes of some members of a sample."""
@@ -327,44 +344,44 @@ class Dataset:
 
     def find(self, key: str) -> int:
         """The row of a key; looks through all rows."""
-        rows = np.flatnonzero(self._rows["key"] == key.encode())
+        rows = self.find_all([key])
         if not len(rows):
             raise ShardError(f"{self.folder} has no sample {key!r:.100}")
         return int(rows[0])
 
     def find_all(self, keys: Iterable[str]) -> NDArray[np.int64]:
         """The rows, ascending, of those keys that are there; looks through all rows, unless there are no keys."""
-        wanted = np.unique(np.array([key.encode() for key in keys], f"S{KEY_LENGTH}"))
-        if not len(wanted):
-            return np.empty(0, np.int64)
-        column = self._rows["key"]
-        nearest = np.minimum(np.searchsorted(wanted, column), len(wanted) - 1)
-        return np.flatnonzero(wanted[nearest] == column)
+        wanted = {key.encode() for key in keys}
+        blocks = self._rows.blocks() if wanted else ()
+        found = [first + at for first, rows in blocks for at, key in enumerate(rows["key"].tolist()) if key in wanted]
+        return np.array(found, np.int64)
+
+    def keys(self) -> NDArray[np.bytes_]:
+        """The keys of all rows."""
+        return self._rows.column("key")
 
     def close(self) -> None:
         self._files.close()
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a mapped table would be copied
-        return Dataset, (self.folder,)
+    def _checked_places(self) -> Places:
+        header, shards = self.manifest
+        if not header.samples:
+            raise ShardError(
+                f"{self.folder} holds no samples: all {header.rejects} clips are in {self.folder / REJECTS}"
+            )
+        return Places(header.samples, tuple(line.shard for line in shards), self.manifest.buckets)
+
+    def __reduce__(self) -> tuple[Any, ...]:  # open files stay where they are
+        return Dataset, (self.folder, self._places)
 
 
-def map_rows(folder: Path, samples: int) -> NDArray[np.void]:
-    """The table of samples, mapped and not read."""
-    path = folder / ROWS
-    if not path.is_file():
-        raise ShardError(f"{path} is missing; `fw data pack --manifest-only` restores it")
-    if path.stat().st_size != samples * ROW.itemsize:
-        raise ShardError(f"{path} has {path.stat().st_size} bytes; {samples} samples need {samples * ROW.itemsize}")
-    return np.memmap(path, ROW, "r")
-
-
-def parse_row(row: np.void, shards: Sequence[ManifestShard], where: str) -> Sample:
-    """A row of the table, checked."""
+def parse_row(row: np.void, shards: Sequence[str], where: str) -> Sample:
+    """A row of the table, checked; `shards` are all names."""
     if zlib.crc32(row.tobytes()[:_ROW_CRC_AT]) != row["row_crc32"] or row["shard"] >= len(shards):
         raise ShardError(f"{where} is damaged; `fw data pack --manifest-only` writes the table again")
     places = zip(SUFFIXES, row["offset"].tolist(), row["size"].tolist(), row["crc32"].tolist(), strict=True)
     members = {place[0]: Member(*place) for place in places}
-    return Sample(row["key"].decode(), shards[int(row["shard"])].shard, members)
+    return Sample(row["key"].decode(), shards[int(row["shard"])], members)
 
 
 def _rows(index: ShardIndex, number: int) -> NDArray[np.void]:

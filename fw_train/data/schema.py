@@ -141,6 +141,20 @@ class VideoFacts(NamedTuple):
     width: int
 
 
+class NpyHeader(NamedTuple):
+    """What an npy file declares before its numbers."""
+
+    shape: tuple[int, ...]
+    column_major: bool
+    dtype: np.dtype[Any]
+    length: int  # of the header itself, in bytes
+
+    def array(self, data: bytes | bytearray) -> NDArray[Any]:
+        """A view of the file's bytes."""
+        values = np.frombuffer(data, self.dtype, math.prod(self.shape), self.length)
+        return values.reshape(self.shape, order="F" if self.column_major else "C")
+
+
 def read_clip(document: object, where: str) -> RawClip:
     """A metadata entry, checked; names that the schema does not know are left aside."""
     if isinstance(document, dict):
@@ -224,7 +238,12 @@ def read_labels(folder: Path, frames: int, shape: tuple[int, ...]) -> NDArray[np
 
 def parse_npy(data: bytes, where: str) -> NDArray[Any]:
     """The array of an npy file; pickles are refused, and so is a header that declares another size than the file's."""
-    file = io.BytesIO(data)
+    return read_npy_header(data, len(data), where).array(data)
+
+
+def read_npy_header(start: bytes, file_bytes: int, where: str) -> NpyHeader:
+    """What an npy file of so many bytes, of which the first are given, declares; refused as by `parse_npy`."""
+    file = io.BytesIO(start)
     try:
         version = np.lib.format.read_magic(file)
         readers: Mapping[tuple[int, int], Callable[..., tuple[tuple[int, ...], bool, np.dtype[Any]]]] = {
@@ -238,10 +257,10 @@ def parse_npy(data: bytes, where: str) -> NDArray[Any]:
         raise SchemaError(f"{where} is no npy file: {error}") from None
     if dtype.hasobject:
         raise SchemaError(f"{where} holds pickled objects, which are not read; save plain numbers")
-    needed = math.prod(shape) * dtype.itemsize
-    if min(shape, default=0) < 0 or needed != len(data) - file.tell():
-        raise SchemaError(f"{where} declares {needed} bytes of {dtype} {list(shape)} and has {len(data) - file.tell()}")
-    return np.frombuffer(data, dtype, math.prod(shape), file.tell()).reshape(shape, order="F" if column_major else "C")
+    needed, found = math.prod(shape) * dtype.itemsize, file_bytes - file.tell()
+    if min(shape, default=0) < 0 or needed != found:
+        raise SchemaError(f"{where} declares {needed} bytes of {dtype} {list(shape)} and has {found}")
+    return NpyHeader(shape, column_major, dtype, file.tell())
 
 
 def camera_bytes(cameras: Cameras) -> bytes:

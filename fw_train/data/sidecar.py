@@ -23,6 +23,7 @@ from fw_train.data.sidecar_files import (
     read_manifest,
 )
 from fw_train.data.sidecar_tensor import KINDS, LATENT_KINDS, latent_shape, parse_tensor, suffix_of
+from fw_train.data.table import Table
 
 __all__ = ["KINDS", "Sidecar", "fingerprint", "read_empty_text"]
 
@@ -30,18 +31,13 @@ __all__ = ["KINDS", "Sidecar", "fingerprint", "read_empty_text"]
 class Sidecar:
     """Random access by row to one kind of encoded members; may be used from several processes and pickled."""
 
-    def __init__(self, dataset: Dataset, kind: str) -> None:
+    def __init__(self, dataset: Dataset, kind: str, facts: Facts | None = None) -> None:
+        """`facts` are what copies in other processes have, for which all was checked before."""
         self.dataset, self.kind = dataset, kind
         self.folder = dataset.folder / kind
-        manifest = _matching_manifest(dataset, kind)
-        self.facts: Facts = manifest.facts
-        self.fingerprint = manifest.header.fingerprint
-        self._shards, self._buckets = manifest.shards, dataset.buckets
-        path = self.folder / ROWS
-        size = len(dataset) * ROW.itemsize
-        if not path.is_file() or path.stat().st_size != size:
-            raise ShardError(f"{path} is missing or has not the {size} bytes of {len(dataset)} samples; {REMEDY}")
-        self._rows = np.memmap(path, ROW, "r")
+        self.facts = _matching_manifest(dataset, kind).facts if facts is None else facts
+        self.fingerprint = fingerprint(self.facts)
+        self._rows = Table(self.folder / ROWS, ROW, len(dataset), REMEDY)
         self._files = ShardFiles(self.folder, REMEDY)
 
     def __len__(self) -> int:
@@ -58,7 +54,7 @@ class Sidecar:
     def read(self, row: int) -> dict[str, Tensor]:
         """The checked tensor of a sample, under the name of the kind."""
         sample = self.dataset.sample(row)
-        key, shard, place = parse_row(self._rows[row], self._shards, f"{self.folder / ROWS}, row {row}")
+        key, shard, place = parse_row(self._rows[row], self.dataset.shards, f"{self.folder / ROWS}, row {row}")
         where = f"{self.folder / shard}.tar: {key}.{suffix_of(self.kind)}"
         if (key, shard) != (sample.key, sample.shard):
             raise ShardError(
@@ -74,7 +70,7 @@ class Sidecar:
 
     def largest(self, without: NDArray[np.int64]) -> int:
         """The row with the most bytes, some rows left out; looks through all rows."""
-        sizes = np.array(self._rows["size"])
+        sizes = self._rows.column("size")
         sizes[without] = 0
         return int(sizes.argmax())
 
@@ -83,10 +79,10 @@ class Sidecar:
 
     def _bucket(self, row: int) -> Bucket:
         """The bucket of a row."""
-        return next(Bucket.parse(b.bucket) for b in self._buckets if row < b.first + b.samples)
+        return next(Bucket.parse(b.bucket) for b in self.dataset.buckets if row < b.first + b.samples)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a mapped table would be copied
-        return Sidecar, (self.dataset, self.kind)
+    def __reduce__(self) -> tuple[Any, ...]:  # open files stay where they are
+        return Sidecar, (self.dataset, self.kind, self.facts)
 
 
 def read_empty_text(dataset: Dataset) -> Tensor:

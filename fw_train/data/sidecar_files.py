@@ -235,12 +235,12 @@ def read_manifest(folder: Path, kind: str) -> SidecarManifest:
     return SidecarManifest(header, facts, lines)
 
 
-def parse_row(row: np.void, shards: Sequence[SidecarShard], where: str) -> tuple[str, str, Member]:
-    """Key, shard and place of the member, from a checked row of the table."""
+def parse_row(row: np.void, shards: Sequence[str], where: str) -> tuple[str, str, Member]:
+    """Key, shard and place of the member, from a checked row of the table; `shards` are all names."""
     if zlib.crc32(row.tobytes()[:_ROW_CRC_AT]) != row["row_crc32"] or row["shard"] >= len(shards):
         raise ShardError(f"{where} is damaged; {REMEDY}")
     place = Member("", int(row["offset"]), int(row["size"]), int(row["crc32"]))
-    return row["key"].decode(), shards[int(row["shard"])].shard, place
+    return row["key"].decode(), shards[int(row["shard"])], place
 
 
 def _rows(index: SidecarIndex, number: int) -> NDArray[np.void]:

@@ -78,7 +78,7 @@ def test_a_sidecar_is_pickled_small_and_read_in_other_processes(made):
     wanted = [sidecar.read(row)["latent"].float().sum().item() for row in (1, 4)]
     assert len(pickle.dumps(sidecar)) < 400
     copy = pickle.loads(pickle.dumps(sidecar))
-    assert copy.fingerprint == sidecar.fingerprint
+    assert (copy.fingerprint, copy.facts) == (sidecar.fingerprint, sidecar.facts)
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
     for row in (1, 4):
@@ -86,6 +86,13 @@ def test_a_sidecar_is_pickled_small_and_read_in_other_processes(made):
         process.start()
         assert queue.get(timeout=20) == wanted[0 if row == 1 else 1]
         process.join()
+
+
+def test_copies_read_no_manifest(out):
+    data = pickle.dumps(Sidecar(Dataset(out), "latent"))
+    (out / "latent/sidecar.jsonl").unlink()
+    (out / "manifest.jsonl").unlink()
+    assert torch.equal(pickle.loads(data).read(2)["latent"], noise_tensor("latent", 2).half())
 
 
 def test_opening_and_reading_touch_one_row_and_no_index(out):

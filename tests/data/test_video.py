@@ -1,4 +1,5 @@
 import io
+import os
 import shutil
 import subprocess
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from raw_clips import write_video
 
+from fw_train.data.schema import video_facts
 from fw_train.data.video import VideoError, decode_video, to_rgb
 
 FFMPEG = shutil.which("ffmpeg")
@@ -43,6 +45,8 @@ def test_b_frames_uneven_times_and_rotation_give_the_frames_that_ffmpeg_shows(tm
         packets = [packet.pts for packet in container.demux(video=0) if packet.pts is not None]
     assert packets != sorted(packets), "no B-frames"
     assert len(set(np.diff(sorted(packets)))) > 1, "an even frame rate"
+    with av.open(io.BytesIO(data)) as container:
+        assert next(container.decode(video=0)).rotation % 360 == rotation, "a file that is not turned"
     height, width = (WIDTH, HEIGHT) if rotation % 180 else (HEIGHT, WIDTH)
     flat = frames_of_ffmpeg(tmp_path / "clip.mp4", "yuv420p", (height * width * 3 // 2,))
     whole = decode_video(data, range(len(flat)))
@@ -109,6 +113,41 @@ def test_a_window_is_a_part_of_the_frames(tmp_path):
         decode_video(data, [0], window=(1, 0, 16, 16))
     with pytest.raises(VideoError, match="frames are 32x48 .* too small for the window"):
         decode_video(data, [0], window=(0, 0, 34, 16))
+
+
+class CountingContainer:
+    """A container that notes how many threads the process has with each frame that is decoded."""
+
+    def __init__(self, container, counts):
+        self.container, self.counts, self.streams = container, counts, container.streams
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.container.close()
+
+    def decode(self, stream):
+        for frame in self.container.decode(stream):
+            self.counts.append(len(os.listdir("/proc/self/task")))
+            yield frame
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="on one core FFmpeg begins no threads by itself")
+@pytest.mark.parametrize(
+    "decode",
+    [lambda data: decode_video(data, range(5)), lambda data: video_facts(data, "a.mp4", 5)],
+    ids=["loader", "packing"],
+)
+def test_decoding_begins_no_threads(tmp_path, monkeypatch, decode):
+    """A node has a loader process for each core: FFmpeg's own choice, a thread for each core, would be one in each of these."""
+    write_video(tmp_path / "a.mp4", 5, 128, 128)
+    data = (tmp_path / "a.mp4").read_bytes()
+    counts, av_open = [], av.open
+    monkeypatch.setattr(av, "open", lambda *words, **named: CountingContainer(av_open(*words, **named), counts))
+    before = len(os.listdir("/proc/self/task"))
+    decode(data)
+    assert counts == [before] * 5
 
 
 def test_nothing_is_decoded_behind_the_last_frame(tmp_path):

@@ -1,4 +1,5 @@
 import argparse
+import re
 
 import pytest
 from packed_clips import make_packed
@@ -52,8 +53,22 @@ def test_memory_is_drawn(packed, tmp_path, capsys):
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_opening_a_long_table(packed, capsys):
-    run(packed, "--open", 2000)
-    text = capsys.readouterr().out
-    assert "| 0 processes |" in text
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_opening_a_long_table(packed, capfd, workers):
+    before = sorted(packed.parent.iterdir())
+    run(packed, "--open", 2000, "--workers", workers)
+    text, complaints = capfd.readouterr()
+    found = rows(text)
+    cases = ["labels, video", "labels, latents, texts", "labels, latents, texts, 1000 in quarantine"]
+    assert list(found) == ["a table of 2000 samples", *cases]
+    for name in cases:
+        processes, _, cpu, cpu_all, *memory = found[name]
+        assert int(processes) == workers
+        assert 0 < float(cpu.split()[0]) <= float(cpu_all.split()[0])
+        for cell in memory[: 1 + workers]:
+            resident, batches, share = map(float, re.findall(r"\d+", cell))
+            assert 0 <= batches < resident
+            assert 0 < share < resident
     assert "resuming at sample 6000 of 10000" in text
+    assert "cannot be read" not in complaints
+    assert sorted(packed.parent.iterdir()) == before

@@ -1,7 +1,11 @@
 """What cannot be converted is refused with its place and remedy, and leaves nothing behind."""
 
+import io
 import json
+import math
 import re
+import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -221,7 +225,7 @@ LABELS = [
     ("vggt", r"0003\.png: .* no rotation \(determinant -1",
      lambda a: a["extrinsic"].__setitem__(3, -a["extrinsic"][3])),
     ("vggt", r"0002\.png: .* no rotation", lambda a: a["extrinsic"].__setitem__(2, np.nan)),
-    ("vggt", r"depth is damaged or holds pickled objects", lambda a: a.update(depth=np.array([None]))),
+    ("vggt", r"clip\.npz, depth holds pickled objects, which are not read", lambda a: a.update(depth=np.array([None]))),
     ("dust3r", r"has no im_poses or poses", lambda a: a.pop("im_poses")),
     ("dust3r", r"has no focals", lambda a: a.pop("focals")),
     ("dust3r", r"focals \[9, 3\] are not one or two", lambda a: a.update(focals=np.ones((9, 3)))),
@@ -249,6 +253,61 @@ def test_files_that_are_no_predictions(scene, tmp_path, refused):
     refused(r"no frames for .*give --video", "vggt", tmp_path / "clip.npz", tmp_path / "raw")
     refused(r"no .*/nothing", "vggt", tmp_path / "nothing", tmp_path / "raw")
     refused(r"holds no npz or npy files", "vggt", video, tmp_path / "raw")
+
+
+def npy_header(shape, numbers="<f4"):
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": numbers, "fortran_order": False, "shape": shape})
+    return file.getvalue()
+
+
+def with_depth(path, arrays, data, zeros=0):
+    """An npz file whose depth is `data` and so many zeros behind it."""
+    np.savez(path, **{name: array for name, array in arrays.items() if name != "depth"})
+    with (
+        zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("depth.npy", "w") as file,
+    ):
+        file.write(data)
+        for _ in range(zeros >> 20):
+            file.write(bytes(1 << 20))
+
+
+def test_headers_that_declare_more_than_the_file_has(scene, tmp_path, refused):
+    video, raw = write_frames(scene, tmp_path / "frames"), tmp_path / "raw"
+    message = r"declares 24188682240000 bytes of float32 \[9, 819200, 820200\] and has 64"
+    huge = npy_header((FRAMES, 819200, 820200)) + bytes(64)
+    with_depth(tmp_path / "clip.npz", vggt_arrays(scene), huge)
+    refused(r"clip\.npz, depth " + message, "vggt", tmp_path / "clip.npz", raw, "--video", video)
+    arrays = tmp_path / "clip"
+    arrays.mkdir()
+    for name, array in vggt_arrays(scene).items():
+        np.save(arrays / f"{name}.npy", array)
+    (arrays / "depth.npy").write_bytes(huge)
+    refused(r"depth\.npy " + message, "vggt", arrays, raw, "--video", video)
+
+
+def test_arrays_with_damaged_bytes(scene, tmp_path, refused):
+    video = write_frames(scene, tmp_path / "frames")
+    np.savez(tmp_path / "clip.npz", **vggt_arrays(scene))
+    numbers = vggt_arrays(scene)["depth"].tobytes()[:64]
+    edit(tmp_path / "clip.npz", numbers, bytes(64))
+    refused(r"clip\.npz, depth is damaged, .*CRC", "vggt", tmp_path / "clip.npz", tmp_path / "raw", "--video", video)
+
+
+def test_arrays_that_would_unpack_to_more_than_the_clip_can_have(scene, tmp_path, refused):
+    video = write_frames(scene, tmp_path / "frames")
+    shape = (FRAMES, 1 << 12, 1 << 12)
+    with_depth(tmp_path / "clip.npz", vggt_arrays(scene), npy_header(shape, "|u1"), math.prod(shape))
+    assert (tmp_path / "clip.npz").stat().st_size < 2e6
+    tracemalloc.start()
+    refused(
+        r"clip\.npz, depth declares \[9, 4096, 4096\] uint8: more than x, y and z of 4194304 pixels in 9 frames",
+        *("vggt", tmp_path / "clip.npz", tmp_path / "raw", "--video", video),
+    )
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 50e6
 
 
 def test_depth_for_clips_that_are_not_there_or_have_other_frames(scene, tmp_path, caplog):
