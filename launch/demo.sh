@@ -63,7 +63,7 @@ if [ ! -e "$out/eval/eval.json" ]; then
 fi
 if [ ! -e "$out/clip/sample.json" ]; then
     say "a clip from stage 2"
-    fw sample "$two" --output "$out/clip" --pan 40 --guidance 3 --camera-guidance 6 \
+    fw sample "$two" --output "$out/clip" --pan 40 --guidance 1 --camera-guidance 4 \
         --prompt "A large red sphere and a tall blue box on a tiled floor under an open sky."
 fi
 if [ ! -e "$out/summary.txt" ]; then
