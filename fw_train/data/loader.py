@@ -17,6 +17,7 @@ import os
 import signal
 import threading
 from collections.abc import Generator, Iterator, Sequence
+from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 from typing import Any
 
@@ -57,6 +58,8 @@ class TrainingData:
 
     def __init__(self, sources: Sequence[SourceParams], params: LoaderParams, seed: int) -> None:
         self.params, self.seed = params, seed
+        if params.workers:
+            _start_server()
         opened = open_streams(sources, params)
         self.sources, self.streams = opened.sources, opened.streams
         self.facts = opened.facts  # kept in checkpoints: a resume with others would train on other samples
@@ -197,6 +200,12 @@ class _Requests:
                 yield Request(
                     step, micro_step, stream, tuple(rows[part].tolist()), tuple(positions[part].tolist()), slot
                 )
+
+
+def _start_server() -> None:
+    """Its imports take longer than opening a million samples, and are done meanwhile."""
+    _context()
+    forkserver.ensure_running()
 
 
 def _context() -> BaseContext:

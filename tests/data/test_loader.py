@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed_clips import make_packed
 
+from fw_train.data import loader
 from fw_train.data.loader import Augmentation, LoaderParams, SourceParams, TrainingData, too_many
 from fw_train.data.order import SampleOrder, change_global_batch
 
@@ -118,6 +119,15 @@ def children():
             return []
         time.sleep(0.1)
     return multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_server_of_processes_imports_while_the_tables_are_opened(packed, monkeypatch, workers):
+    begun, opens = [], loader.open_streams
+    monkeypatch.setattr(loader.forkserver, "ensure_running", lambda: begun.append("server"))
+    monkeypatch.setattr(loader, "open_streams", lambda *words: begun.append("tables") or opens(*words))
+    open_data(packed, workers)
+    assert begun == ["server"] * workers + ["tables"]
 
 
 def test_closing_early_ends_the_processes(packed):
