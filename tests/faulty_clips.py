@@ -1,6 +1,5 @@
 """Packed synthetic clips, each with another fault."""
 
-import argparse
 import io
 import json
 import shutil
@@ -8,6 +7,7 @@ import shutil
 import av
 import numpy as np
 import torch
+from data_commands import command
 
 from data_tools import pack
 from data_tools.scene_files import Settings, metadata_record, write_scene
@@ -18,12 +18,6 @@ from fw_train.data.shards import write_tar
 from fw_train.geometry import Cameras, invert_rigid, relative_to_first, rigid
 
 FRAMES, HEIGHT, WIDTH = 9, 48, 64
-
-
-def command(module, *words):
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    return module.run(parser.parse_args([str(word) for word in words]))
 
 
 def pack_raw(raw, out, entries):

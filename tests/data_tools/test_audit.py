@@ -6,12 +6,12 @@ import shutil
 
 import numpy as np
 import pytest
+from data_commands import command
 from faulty_clips import (
     CRAFTED,
     FRAMES,
     INJECTED,
     RawClip,
-    command,
     copy_clip,
     make_faulty,
     other_world,

@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 import av
 import numpy as np
 import pytest
-from faulty_clips import command, make_faulty
+from data_commands import command
+from faulty_clips import make_faulty
 
 from data_tools import audit
 from data_tools.audit_pictures import ERRORS, error_colours, jpeg_bytes

@@ -1,10 +1,10 @@
-import argparse
 import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from data_commands import command
 from raw_clips import contents, make_raw, write_clip, write_metadata
 from wan_encoders import save_diffusers, save_original
 
@@ -22,12 +22,6 @@ from fw_train.encoders.latents import first_frame_video, load_latent_codec
 from fw_train.encoders.text import load_text_encoder
 
 SIMPLE = ("--codec", "dct", "--text", "hash:16", "--workers", 1)
-
-
-def command(module, *words):
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    return module.run(parser.parse_args([str(word) for word in words]))
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,9 @@
 """URLs in the place of a dataset: `webdataset` would run a command or ask a server; here they are no folders."""
 
-import argparse
 from pathlib import Path
 
 import pytest
+from data_commands import command
 from packed_clips import make_packed
 
 from data_tools import pack, verify
@@ -15,12 +15,6 @@ def packed(tmp_path_factory):
     return make_packed(tmp_path_factory.mktemp("urls"), clips=((1, 32, 48, 5),), kinds=())
 
 
-def command(module, *words):
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    return module.run(parser.parse_args([str(word) for word in (*words, "--workers", 1)]))
-
-
 def open_loader(url, packed):
     params = LoaderParams(5, ((32, 48),), "online", (), workers=0)
     TrainingData([SourceParams(url)], params, seed=0)
@@ -28,9 +22,9 @@ def open_loader(url, packed):
 
 READERS = {
     "loader": open_loader,
-    "pack-from": lambda url, packed: command(pack, url, "new"),
-    "pack-to": lambda url, packed: command(pack, packed.with_name("raw"), url),
-    "verify": lambda url, packed: command(verify, url),
+    "pack-from": lambda url, packed: command(pack, url, "new", "--workers", 1),
+    "pack-to": lambda url, packed: command(pack, packed.with_name("raw"), url, "--workers", 1),
+    "verify": lambda url, packed: command(verify, url, "--workers", 1),
 }
 
 
@@ -49,5 +43,5 @@ def test_a_url_is_refused_and_nothing_is_run_or_made(tmp_path, monkeypatch, pack
 
 def test_a_folder_may_have_a_colon(tmp_path, monkeypatch, packed):
     monkeypatch.chdir(tmp_path)
-    assert command(pack, packed.with_name("raw"), "run:1") == 0
-    assert command(verify, "run:1") == 0
+    assert command(pack, packed.with_name("raw"), "run:1", "--workers", 1) == 0
+    assert command(verify, "run:1", "--workers", 1) == 0

@@ -1,4 +1,3 @@
-import argparse
 import io
 import json
 import os
@@ -7,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+from data_commands import command
 from raw_clips import contents, make_raw, write_clip, write_metadata
 
 from data_tools import pack, verify
@@ -23,12 +23,6 @@ from fw_train.data.manifest import (
     write_dataset_files,
 )
 from fw_train.data.shards import write_tar
-
-
-def command(module, *words):
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    return module.run(parser.parse_args([str(word) for word in words]))
 
 
 @pytest.fixture(scope="module")

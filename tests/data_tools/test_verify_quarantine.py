@@ -1,9 +1,9 @@
 """A list of samples to leave out that was changed by accident is not in order; one that people edited is."""
 
-import argparse
 import shutil
 
 import pytest
+from data_commands import command
 from raw_clips import make_raw, write_metadata
 
 from data_tools import pack, verify
@@ -13,12 +13,6 @@ ENTRIES = (
     QuarantineEntry("clip_0", "pose-inverted", "the error falls from 30 % to 0.02 %"),
     QuarantineEntry("clip_2", "manual", "a watermark"),
 )
-
-
-def command(module, *words):
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    return module.run(parser.parse_args([str(word) for word in words]))
 
 
 @pytest.fixture(scope="module")

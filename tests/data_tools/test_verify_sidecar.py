@@ -1,8 +1,8 @@
-import argparse
 import random
 import shutil
 
 import pytest
+from data_commands import command
 from raw_clips import make_raw, write_clip, write_metadata
 from sidecars import make_sidecar, noise_facts, noise_tensor
 
@@ -11,12 +11,6 @@ from fw_train.data.manifest import Dataset, seal, unseal
 from fw_train.data.sidecar_files import read_index, write_shard
 
 MEMBERS = ("latent", "text")
-
-
-def command(module, *words):
-    parser = argparse.ArgumentParser()
-    module.add_arguments(parser)
-    return module.run(parser.parse_args([str(word) for word in words]))
 
 
 @pytest.fixture(scope="module")
