@@ -90,7 +90,7 @@ def test_diffusion_has_ten_bins_on_noise_that_never_changes(model):
     assert run(model, [(clip(0), True)], diffusion=False).diffusion_bins is None
 
 
-def test_a_bin_is_the_velocitys_error_in_its_middle_with_camera_and_text(model, results):
+def test_a_bin_is_the_velocitys_error_in_its_middle(model, results):
     for index, error in enumerate(results.diffusion_bins):
         expected = []
         for number in (0, 1):
@@ -100,15 +100,17 @@ def test_a_bin_is_the_velocitys_error_in_its_middle_with_camera_and_text(model, 
         assert error == pytest.approx(float(torch.stack(expected).mean()), rel=1e-5)
 
 
-def test_the_network_gets_its_dtype_and_keeps_no_graph(model):
-    seen = set()
+def test_the_network_gets_its_dtype_and_keeps_no_graph_and_sees_the_camera_where_it_may(model):
+    seen, hidden = set(), {False: [], True: []}  # by whether a velocity is asked for
 
     def watched(noisy, **wanted):
         seen.add((noisy.latents.dtype, torch.is_grad_enabled()))
+        hidden[wanted["velocity"]].append(noisy.camera_on is not None and not noisy.camera_on.any())
         return model(noisy.to("cpu", torch.float32), **wanted)
 
     run(watched, [(clip(0), True)], dtype=torch.bfloat16)
     assert seen == {(torch.bfloat16, False)}
+    assert hidden == {False: [True, True, True, False], True: [False] * BINS}
 
 
 def test_what_nobody_counted_has_no_figure(model):
