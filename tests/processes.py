@@ -77,7 +77,9 @@ def run_command(command, *, size=2, timeout_s=60.0, env=None, check=True, cwd=No
             for rank, (p, log) in enumerate(zip(processes, logs, strict=True))
         ]
     if check and any(outcome.returncode for outcome in outcomes):
-        raise AssertionError(f"{' '.join(command)[:300]}\n" + "\n".join(map(_describe, range(size), outcomes)))
+        raise AssertionError(
+            f"{' '.join(map(str, command))[:300]}\n" + "\n".join(map(_describe, range(size), outcomes))
+        )
     return outcomes
 
 

@@ -43,7 +43,7 @@ class Trace(NamedTuple):
     """What a rank left behind outside its signs of life, which may be two seconds old when it falls silent."""
 
     place: Place | None
-    dump: str  # the stacks that faulthandler wrote while the interpreter was blocked
+    dump: str  # the main thread's stack, written while the interpreter was blocked
 
 
 @dataclass
@@ -174,7 +174,7 @@ def describe(heartbeat: Heartbeat, what: str, dump: str = "") -> str:
     """Who a rank is, what is with it, where it is and what it calls."""
     stack = dump.strip().splitlines() or heartbeat.stack or ("not known",)
     label = (
-        "its threads, most recent call first"
+        "its main thread, most recent call first"
         if dump.strip()
         else "its stack at the last sign of life, most recent call last"
     )

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -103,9 +104,11 @@ class Watch:
         self._publishing = threading.Lock()
         self._ending = threading.Lock()  # taken once, by the thread that ends this process
         self._closed = threading.Event()
-        # Written by faulthandler's own thread when this interpreter is blocked; synchronous, so that other hosts see it.
+        # Written by the main thread itself, in a signal's handler, when this interpreter is blocked: another thread would walk its
+        # frames while it runs, as it does right after a suspension. Synchronous, so that other hosts see it.
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_SYNC
         self._dump = os.open(self._room / f"rank-{rank}.stack", flags, 0o644)
+        faulthandler.register(signal.SIGALRM, file=self._dump, all_threads=False)
         self._place_file = os.open(self._room / f"rank-{rank}.place", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self._publish()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -154,7 +157,7 @@ class Watch:
         """Ends the signs of life; call it when all ranks have done their work, for who has closed looks after nobody."""
         self._closed.set()
         self._thread.join(PUBLISH_S)
-        faulthandler.cancel_dump_traceback_later()
+        signal.setitimer(signal.ITIMER_REAL, 0)
         self._left = "closed"
         self._publish()
 
@@ -255,7 +258,7 @@ class Watch:
                 if os.fstat(self._dump).st_size:
                     os.ftruncate(self._dump, 0)  # a block that has passed
                 if not self._left:
-                    faulthandler.dump_traceback_later(self._hang_s / 2, file=self._dump)
+                    signal.setitimer(signal.ITIMER_REAL, self._hang_s / 2)
                 replace_file(self._room / f"rank-{self.rank}.json", to_json(heartbeat))
             except OSError as error:
                 log.log(

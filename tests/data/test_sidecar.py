@@ -76,7 +76,7 @@ def read_in_process(sidecar, row, queue):
 def test_a_sidecar_is_pickled_small_and_read_in_other_processes(made):
     sidecar = Sidecar(Dataset(made), "latent")
     wanted = [sidecar.read(row)["latent"].float().sum().item() for row in (1, 4)]
-    assert len(pickle.dumps(sidecar)) < 400
+    assert len(pickle.dumps(sidecar)) < 600
     copy = pickle.loads(pickle.dumps(sidecar))
     assert (copy.fingerprint, copy.facts) == (sidecar.fingerprint, sidecar.facts)
     context = multiprocessing.get_context("fork")

@@ -21,7 +21,9 @@ def loading_for_ever():
 
 
 def holding_the_interpreter():
-    ctypes.PyDLL(None).usleep(1_000_000_000)  # calls through PyDLL keep the GIL
+    libc, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)  # calls through PyDLL keep the GIL
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
 
 
 def decoding_thread():
