@@ -16,8 +16,11 @@ class ConcurrentWriter(OSError):
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes its name once it is complete and on disk; leftovers of killed writers of this name go."""
+def new_file(path: Path, *, sync_name: bool = True) -> Iterator[IO[bytes]]:
+    """A file that takes its name once it is complete and on disk; leftovers of killed writers of this name go.
+
+    `sync_name`: wait for the name as well; not where somebody else does, who may have moved the folder by then.
+    """
     clear_partial(path.parent, glob.escape(path.name))
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     with open(partial, "xb") as file:
@@ -26,9 +29,11 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
             _rename(partial, path)
-        finally:
+        except BaseException:
             partial.unlink(missing_ok=True)
-    sync(path.parent)
+            raise
+    if sync_name:
+        sync(path.parent)
 
 
 def write_file(path: Path, data: bytes) -> None:

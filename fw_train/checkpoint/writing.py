@@ -99,7 +99,8 @@ def write_rank(staging: Path, rank: int, pieces: tuple[Piece, ...], snapshot: Te
         file.flush()
         os.fsync(file.fileno())
     index = RankIndex(pieces, hasher.digests(), hasher.size, rng)
-    with new_file(staging / index_name(rank)) as index_file:
+    # Rank 0 syncs the names of all when it seals the folder, and renames it as soon as it has seen the last index.
+    with new_file(staging / index_name(rank), sync_name=False) as index_file:
         index_file.write(index_bytes(index))
 
 

@@ -103,7 +103,8 @@ def test_killed_at_every_file_operation(place, before, new_step, victim):
             + [f"step-{new_step}.safetensors"] * (output / f"step-{new_step}.safetensors").exists()
         )
     assert count > (40 if victim == 0 else 8)
-    assert seen == {False, True}
+    # The index is the last that others than rank 0 do: before it there is no new checkpoint.
+    assert seen == ({False, True} if victim == 0 else {False})
 
 
 @pytest.mark.parametrize("keep_last", [1, 2])
