@@ -210,7 +210,9 @@ def test_a_second_signal_ends_a_run_that_does_not_stop(hosts, data, tmp_path):
     for host in two:
         launched.kill(host, "-m fw_train.train", number=signal.SIGSTOP)
     launched.kill(two[0], "-m launch.nodes", number=signal.SIGINT)
-    time.sleep(1)
+    deadline = time.monotonic() + 30
+    while not (run / "stop").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
     assert (run / "stop").exists()
     assert launched.process.poll() is None
     launched.kill(two[0], "-m launch.nodes", number=signal.SIGINT)
