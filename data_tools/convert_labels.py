@@ -238,9 +238,8 @@ def _read_array(file: IO[bytes], file_bytes: int, where: str, pictures: Pictures
         )
     data, at = bytearray(file_bytes), len(start)
     data[:at] = start
-    while part := file.read(
-        min(READ_BYTES, file_bytes - at)
-    ):  # never all that there is: zip files may hold more than they declare
+    # Never all that there is: zip files may hold more than they declare.
+    while part := file.read(min(READ_BYTES, file_bytes - at)):
         data[at : at + len(part)] = part
         at += len(part)
     if at < file_bytes:
